@@ -1,0 +1,155 @@
+"""The operators `torch.ops.ling_ops.*`: schemas, CPU implementations and shapes.
+
+Defined here and not in the binary, so that they exist in every install: a graph exported on one
+machine loads on another. `_C` adds the CUDA kernels to the same schemas. The operators are plain
+(no autograd): the functions of `ling_ops.ops` check arguments, choose and differentiate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..reference import gate, gemm, permute
+from ..reference.losses import demand
+from ..reference.route import route as _route
+
+_LIBRARY = torch.library.Library("ling_ops", "DEF")
+
+
+def _define(schema: str, cpu: Callable, fake: Callable) -> None:
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"ling_ops::{name}", fake, lib=_LIBRARY)
+
+
+def _score_name(sigmoid: bool) -> str:
+    return "sigmoid" if sigmoid else "softmax"
+
+
+def _gate(logits, expert_bias, k, sigmoid, num_groups, topk_groups, renormalize, scale):
+    weights, indices = gate.topk_gate(
+        logits,
+        k,
+        score_function=_score_name(sigmoid),
+        expert_bias=expert_bias,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        renormalize=renormalize,
+        scale=scale,
+    )
+    return weights, indices, demand(indices, logits.shape[1]).to(torch.int32)
+
+
+def _gate_fake(logits, expert_bias, k, sigmoid, num_groups, topk_groups, renormalize, scale):
+    tokens, experts = logits.shape
+    score_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty(tokens, k, dtype=score_dtype),
+        logits.new_empty(tokens, k, dtype=torch.int32),
+        logits.new_empty(experts, dtype=torch.int32),
+    )
+
+
+def _gate_backward(
+    grad_weights, logits, weights, indices, balance, sequence_length, z_scale, token_mask,
+    sigmoid, renormalize, scale,
+):  # fmt: skip
+    return gate.topk_gate_backward(
+        grad_weights,
+        logits,
+        indices,
+        balance=balance,
+        sequence_length=sequence_length,
+        z_scale=z_scale,
+        token_mask=token_mask,
+        score_function=_score_name(sigmoid),
+        renormalize=renormalize,
+        scale=scale,
+    )
+
+
+def _gate_backward_fake(grad_weights, logits, *unused):
+    return logits.new_empty(logits.shape)
+
+
+def _route_cpu(indices, num_experts, capacity, weights, token_mask, by_probability):
+    return tuple(
+        _route(
+            indices,
+            num_experts,
+            capacity=capacity,
+            weights=weights,
+            token_mask=token_mask,
+            by_probability=by_probability,
+        )
+    )
+
+
+def _route_fake(indices, num_experts, capacity, weights, token_mask, by_probability):
+    pairs = indices.shape[0] * indices.shape[1]
+    sizes = ((num_experts,), (num_experts + 1,), (pairs,), (pairs,), tuple(indices.shape))
+    return tuple(indices.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+def _combine_backward(grad_out, rows, row_pair, weights, expert_offsets):
+    choices = row_pair.shape[0] // max(1, grad_out.shape[0])
+    return permute.combine_backward(grad_out, rows, row_pair, weights, max(1, choices))
+
+
+def _combine_backward_fake(grad_out, rows, row_pair, weights, expert_offsets):
+    tokens = grad_out.shape[0]
+    choices = row_pair.shape[0] // max(1, tokens)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return rows.new_empty(rows.shape), rows.new_empty(tokens, choices, dtype=wide)
+
+
+_define(
+    "topk_gate(Tensor logits, Tensor? expert_bias, int k, bool sigmoid, int num_groups, "
+    "int topk_groups, bool renormalize, float scale) "
+    "-> (Tensor weights, Tensor indices, Tensor expert_counts)",
+    _gate,
+    _gate_fake,
+)
+_define(
+    "topk_gate_backward(Tensor grad_weights, Tensor logits, Tensor weights, Tensor indices, "
+    "Tensor? balance, int sequence_length, Tensor? z_scale, Tensor? token_mask, bool sigmoid, "
+    "bool renormalize, float scale) -> Tensor",
+    _gate_backward,
+    _gate_backward_fake,
+)
+_define(
+    "route(Tensor indices, int num_experts, Tensor? capacity, Tensor? weights, "
+    "Tensor? token_mask, bool by_probability) -> (Tensor expert_counts, Tensor expert_offsets, "
+    "Tensor row_token, Tensor row_pair, Tensor token_row)",
+    _route_cpu,
+    _route_fake,
+)
+_define(
+    "permute(Tensor x, Tensor row_token, Tensor expert_offsets) -> Tensor",
+    lambda x, row_token, expert_offsets: permute.permute(x, row_token),
+    lambda x, row_token, expert_offsets: x.new_empty(row_token.shape[0], x.shape[1]),
+)
+_define(
+    "combine(Tensor rows, Tensor token_row, Tensor? weights, Tensor? residual) -> Tensor",
+    permute.combine,
+    lambda rows, token_row, weights, residual: rows.new_empty(token_row.shape[0], rows.shape[1]),
+)
+_define(
+    "combine_backward(Tensor grad_out, Tensor rows, Tensor row_pair, Tensor? weights, "
+    "Tensor expert_offsets) -> (Tensor grad_rows, Tensor grad_weights)",
+    _combine_backward,
+    _combine_backward_fake,
+)
+_define(
+    "grouped_gemm(Tensor a, Tensor b, Tensor offsets) -> Tensor",
+    gemm.loop_grouped_gemm,
+    lambda a, b, offsets: a.new_empty(a.shape[0], b.shape[1]),
+)
+_define(
+    "grouped_gemm_dw(Tensor dy, Tensor x, Tensor offsets) -> Tensor",
+    gemm.loop_grouped_gemm_dw,
+    lambda dy, x, offsets: x.new_empty(offsets.shape[0] - 1, dy.shape[1], x.shape[1]),
+)

@@ -1,0 +1,83 @@
+"""`routing_stats`: what a layer's routing looks like, without a sync."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..reference.route import Routing, valid_experts
+from . import _checks
+from .permute import check_routing
+
+
+@torch.no_grad()
+def routing_stats(
+    routing: Routing,
+    *,
+    indices: Tensor | None = None,
+    weights: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Measures of balance and loss of one routing; all on the device, nothing is read back.
+
+    Args:
+        routing: from `ling_ops.route`.
+        indices: [T, K] ids that were routed; tells skipped pairs from dropped ones. Without it
+            every pair with no row counts as dropped.
+        weights: [T, K] gate weights, for `gate_mass_dropped`.
+        token_mask: [T] bool as given to `route`.
+
+    Returns:
+        0-dim fp32 tensors unless said otherwise, n_e being the demand of expert e before drops:
+        `utilization` [E]: n_e / number of tokens with demand (K / E each when balanced);
+        `max_vio`: max n_e / mean n_e - 1; `cv`: standard deviation / mean of n_e;
+        `entropy`: of the demand shares over log E (1 when balanced); `dead_experts`: experts
+        without demand; `drop_rate`: dropped pairs / demand; `tokens_dropped`: tokens with demand
+        and no row at all; `gate_mass_dropped` (with `weights`): their share of the gate weights.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype or device.
+    """
+    check_routing(routing, routing.expert_counts.device)
+    shape = tuple(routing.token_row.shape)
+    wanted = _wanted(routing, indices, token_mask)
+    dropped = wanted & (routing.token_row < 0)
+    stats = _balance(routing.expert_counts.float(), wanted)
+    stats["drop_rate"] = _ratio(dropped.sum(), wanted.sum())
+    stats["tokens_dropped"] = (wanted.any(1) & ~(wanted & ~dropped).any(1)).sum().float()
+    if weights is not None:
+        _checks.shape("weights", weights, shape, "[T, K]")
+        mass = torch.where(wanted, weights.float(), 0.0)
+        stats["gate_mass_dropped"] = _ratio(torch.where(dropped, mass, 0.0).sum(), mass.sum())
+    return stats
+
+
+def _wanted(routing: Routing, indices: Tensor | None, token_mask: Tensor | None) -> Tensor:
+    """Which pairs [T,K] asked for an expert."""
+    num_experts = routing.expert_counts.shape[0]
+    if indices is None:
+        wanted = torch.ones_like(routing.token_row, dtype=torch.bool)
+        return wanted if token_mask is None else wanted & token_mask.unsqueeze(-1)
+    _checks.shape("indices", indices, tuple(routing.token_row.shape), "[T, K]")
+    _checks.token_mask(token_mask, indices.shape[0], "indices", indices)
+    return (valid_experts(indices, num_experts, token_mask, -1) >= 0).view(indices.shape)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole in fp32, 0 where whole is 0."""
+    return part.float() / torch.where(whole == 0, torch.ones_like(whole), whole).float()
+
+
+def _balance(counts: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    mean = counts.mean()
+    share = _ratio(counts, counts.sum())
+    surprise = -(share * torch.where(share > 0, share, 1.0).log()).sum()
+    return {
+        "utilization": _ratio(counts, wanted.any(1).sum()),
+        "max_vio": torch.where(mean > 0, _ratio(counts.amax(), mean) - 1, 0.0),
+        "cv": _ratio(counts.std(correction=0), mean),
+        "entropy": surprise / max(math.log(counts.numel()), 1e-12),
+        "dead_experts": (counts == 0).sum().float(),
+    }

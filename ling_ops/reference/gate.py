@@ -1,0 +1,151 @@
+"""Top-k gating in plain PyTorch: the definition of `ling_ops.topk_gate`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Added to the sum of the chosen scores before renormalising (Ling, DeepSeek-V3).
+RENORMALIZE_EPSILON = 1e-20
+
+
+def upcast(x: Tensor) -> Tensor:
+    """The dtype in which routing is computed: float64 stays, all else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def ordered_key(x: Tensor) -> Tensor:
+    """Map floats to integers of the same order; NaN below -inf, -0.0 equal to +0.0.
+
+    The least integer itself is never produced, so callers may use it for "not a candidate".
+    """
+    x = upcast(x.detach())
+    integer = torch.int64 if x.dtype == torch.float64 else torch.int32
+    limits = torch.iinfo(integer)
+    bits = torch.where(x == 0, torch.zeros_like(x), x).view(integer)
+    key = torch.where(bits < 0, bits ^ limits.max, bits)
+    return torch.where(torch.isnan(x), limits.min + 1, key)
+
+
+def stable_topk(key: Tensor, k: int) -> Tensor:
+    """Indices of the k largest keys along the last axis, largest first, ties to the lower index."""
+    return torch.sort(key, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def gate_scores(logits: Tensor, score_function: str) -> Tensor:
+    """Scores [T,E] of all experts in fp32 (float64 for float64): softmax over E, or sigmoid."""
+    z = upcast(logits)
+    return torch.softmax(z, dim=-1) if score_function == "softmax" else torch.sigmoid(z)
+
+
+def _mask_groups(biased: Tensor, key: Tensor, num_groups: int, topk_groups: int) -> Tensor:
+    """Keep the best groups; a group's score is the sum of its two largest biased scores."""
+    tokens, experts = biased.shape
+    grouped = biased.detach().view(tokens, num_groups, experts // num_groups)
+    best = stable_topk(key.view(grouped.shape), min(2, grouped.shape[-1]))
+    group_key = ordered_key(grouped.gather(-1, best).sum(-1))
+    kept = stable_topk(group_key, topk_groups)
+    keep = torch.zeros_like(group_key, dtype=torch.bool).scatter_(-1, kept, True)
+    keep = keep.unsqueeze(-1).expand(grouped.shape).reshape(tokens, experts)
+    return torch.where(keep, key, torch.iinfo(key.dtype).min)
+
+
+def select_experts(
+    logits: Tensor,
+    scores: Tensor,
+    k: int,
+    *,
+    score_function: str,
+    expert_bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+) -> Tensor:
+    """Chosen expert ids [T,k] (int64), best first."""
+    if score_function == "softmax" and expert_bias is None and num_groups == 1:
+        return stable_topk(ordered_key(logits), k)  # monotone, and free of saturation
+    biased = scores if expert_bias is None else scores + expert_bias
+    key = ordered_key(biased)
+    if topk_groups < num_groups:
+        key = _mask_groups(biased, key, num_groups, topk_groups)
+    return stable_topk(key, k)
+
+
+def chosen_weights(scores: Tensor, indices: Tensor, renormalize: bool, scale: float) -> Tensor:
+    """Gate weights [T,K] of given ids [T,K] from unbiased scores [T,E]."""
+    weights = scores.gather(-1, indices.long())
+    if renormalize and indices.shape[-1] > 1:
+        weights = weights / (weights.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)
+    return weights * scale
+
+
+def topk_gate(
+    logits: Tensor,
+    k: int,
+    *,
+    score_function: str = "softmax",
+    expert_bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """See `ling_ops.topk_gate`. Differentiable in `logits` by PyTorch's own autograd."""
+    scores = gate_scores(logits, score_function)
+    indices = select_experts(
+        logits,
+        scores,
+        k,
+        score_function=score_function,
+        expert_bias=expert_bias,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+    )
+    return chosen_weights(scores, indices, renormalize, scale), indices.to(torch.int32)
+
+
+def topk_gate_backward(
+    grad_weights: Tensor,
+    logits: Tensor,
+    indices: Tensor,
+    *,
+    balance: Tensor | None = None,
+    sequence_length: int = 0,
+    z_scale: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    score_function: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    """Gradient [T,E] of the gate with the balancing and z-losses folded in, in logits' dtype.
+
+    `balance` [S,E] is d loss / d p for each sequence of `sequence_length` tokens, where p is the
+    softmax, or the sigmoid scores normalised to sum 1; `z_scale` (0-dim) multiplies
+    logsumexp(z) * softmax(z). Tokens with `token_mask` False get no loss terms.
+    Formulas: derivative of `topk_gate`; balancing and z-loss as in `ling_ops.losses`.
+    """
+    with torch.enable_grad():
+        leaf = upcast(logits.detach()).requires_grad_()
+        scores = gate_scores(leaf, score_function)
+        weights = chosen_weights(scores, indices, renormalize, scale)
+        objective = (weights * grad_weights.to(weights.dtype)).sum()
+        objective = objective + _loss_terms(
+            leaf, scores, balance, sequence_length, z_scale, token_mask, score_function
+        )
+        (gradient,) = torch.autograd.grad(objective, leaf)
+    return gradient.to(logits.dtype)
+
+
+def _loss_terms(logits, scores, balance, sequence_length, z_scale, token_mask, score_function):
+    """A scalar whose gradient is that of the folded losses."""
+    per_token = logits.new_zeros(logits.shape[0])
+    if balance is not None:
+        p = scores
+        if score_function == "sigmoid":
+            p = scores / (scores.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)
+        slope = balance.to(p.dtype).repeat_interleave(sequence_length, dim=0)[: p.shape[0]]
+        per_token = per_token + (p * slope).sum(-1)
+    if z_scale is not None:
+        per_token = per_token + 0.5 * z_scale * torch.logsumexp(logits, dim=-1).square()
+    if token_mask is not None:
+        per_token = torch.where(token_mask, per_token, torch.zeros_like(per_token))
+    return per_token.sum()
