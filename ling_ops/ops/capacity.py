@@ -93,13 +93,13 @@ class CapacityPolicy(nn.Module):
         )
 
     @property
-    def drops(self) -> bool:
-        """Whether any pair can be dropped."""
-        return self.kind != "dropless"
+    def is_dropless(self) -> bool:
+        """Whether every pair is kept."""
+        return self.kind == "dropless"
 
     def capacity(
         self, expert_counts: Tensor, num_pairs: int, num_experts: int
-    ) -> None | int | Tensor:
+    ) -> int | Tensor | None:
         """C for a step: None (dropless), an int (fixed) or an int32 tensor [1] on the device.
 
         Args:

@@ -17,7 +17,7 @@ MAX_KERNEL_EXPERTS = 4096
 def capacity_tensor(capacity: int | Tensor, num_experts: int, device: torch.device) -> Tensor:
     """An int32 tensor [1] or [E] on `device`, without a sync."""
     if isinstance(capacity, Tensor):
-        if capacity.dim() > 1 or (capacity.dim() == 1 and capacity.shape[0] not in (1, num_experts)):
+        if tuple(capacity.shape) not in ((), (1,), (num_experts,)):
             raise ValueError(
                 f"capacity must be an int or a tensor of shape [] or [E] = [{num_experts}], "
                 f"got shape {list(capacity.shape)}"

@@ -7,6 +7,8 @@ itself, which makes second derivatives work too.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from torch import Tensor
 def group_bounds(offsets: Tensor, length: int) -> list[tuple[int, int]]:
     """(first, end) of each group; offsets are clamped to [0, length] and made non-decreasing."""
     ends = offsets.detach().clamp(0, length).cummax(0).values.tolist()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(ends))
 
 
 def loop_grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
