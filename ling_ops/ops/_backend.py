@@ -16,17 +16,15 @@ from torch import Tensor
 
 from .. import _extension
 
-#: Ops with a kernel, and the compute capabilities that it is compiled for: any from 8.0 on, or
-#: exactly 9.0 for tensor-core kernels.
-PORTABLE, HOPPER = "8.0 or later", "9.0"
+#: Ops with a kernel, and the build fact that lists the architectures it was compiled for.
 KERNELS: dict[str, str] = {
-    "topk_gate": PORTABLE,
-    "route": PORTABLE,
-    "permute": PORTABLE,
-    "unpermute": PORTABLE,
-    "grouped_gemm": HOPPER,
-    "grouped_mm": HOPPER,
-    "moe_mlp": HOPPER,
+    "topk_gate": "archs",
+    "route": "archs",
+    "permute": "archs",
+    "unpermute": "archs",
+    "grouped_gemm": "gemm_archs",
+    "grouped_mm": "gemm_archs",
+    "moe_mlp": "gemm_archs",
 }
 _BACKENDS = ("auto", "reference")
 _chosen = "auto"
@@ -60,13 +58,7 @@ def _missing(op: str, device_index: int) -> str | None:
     if extension.module is None:
         return extension.reason
     capability = torch.cuda.get_device_capability(device_index)
-    fits = capability == (9, 0) if KERNELS[op] == HOPPER else capability >= (8, 0)
-    if fits:
-        return None
-    return (
-        f"the kernel is built for compute capability {KERNELS[op]}, and "
-        f"{torch.cuda.get_device_name(device_index)} has {capability[0]}.{capability[1]}"
-    )
+    return _extension.arch_reason(extension.facts[KERNELS[op]], capability) or None
 
 
 @torch.compiler.assume_constant_result
@@ -113,7 +105,8 @@ def _op_state(op: str, devices: list[dict[str, object]]) -> dict[str, str]:
     if not reason:
         missing = [_missing(op, device["index"]) for device in devices]
         if None in missing:
-            return {"backend": "cuda", "reason": f"compute capability {KERNELS[op]}"}
+            archs = _extension.load().facts[KERNELS[op]]
+            return {"backend": "cuda", "reason": f"compiled for {archs}"}
         reason = missing[0]
     return {"backend": "reference", "reason": reason}
 
