@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from .. import _extension
 from ..reference import gate, gemm, permute
 from ..reference.losses import demand
 from ..reference.route import route as _route
@@ -153,3 +154,5 @@ _define(
     gemm.loop_grouped_gemm_dw,
     lambda dy, x, offsets: x.new_empty(offsets.shape[0] - 1, dy.shape[1], x.shape[1]),
 )
+
+_extension.load()  # registers the CUDA kernels, if there are any; touches no device
