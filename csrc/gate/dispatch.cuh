@@ -1,0 +1,45 @@
+// Which layout of gate/row.cuh serves E experts and K choices: a pure function of the two.
+#pragma once
+
+#include "ling/gate.h"
+
+namespace ling::gate {
+
+template <int L, int C>
+struct Layout {
+  static constexpr int kLanes = L;   // lanes per token, at least K
+  static constexpr int kChunks = C;  // chunks of 4 L experts
+};
+
+// `most_chunks`: what a lane should hold at most, where 32 lanes allow it. Few chunks need few registers;
+// many chunks spread a token's cross-lane steps over fewer instructions.
+template <typename Launch>
+void dispatch_layout(int experts, int choices, int most_chunks, Launch launch) {
+  const auto fits = [&](int lanes) { return choices <= lanes && experts <= 4 * lanes * most_chunks; };
+  const int lanes = fits(8) ? 8 : fits(16) ? 16 : 32;
+  const int chunks = ceil_div(experts, 4 * lanes);
+  if (lanes == 8) {
+    if (chunks <= 1) return launch(Layout<8, 1>());
+    if (chunks <= 2) return launch(Layout<8, 2>());
+    if (chunks <= 4) return launch(Layout<8, 4>());
+    if (chunks <= 6) return launch(Layout<8, 6>());
+    return launch(Layout<8, 8>());
+  }
+  if (lanes == 16) {
+    if (chunks <= 2) return launch(Layout<16, 2>());
+    if (chunks <= 4) return launch(Layout<16, 4>());
+    if (chunks <= 6) return launch(Layout<16, 6>());
+    return launch(Layout<16, 8>());
+  }
+  if (chunks <= 2) return launch(Layout<32, 2>());
+  if (chunks <= 4) return launch(Layout<32, 4>());
+  if (chunks <= 6) return launch(Layout<32, 6>());
+  return launch(Layout<32, 8>());
+}
+
+// Whether rows of E elements can be read four elements at a time.
+inline bool rows_of_four(const void* base, DType dtype, int64_t row_stride, int experts) {
+  return experts % 4 == 0 && row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(base) % (4 * size_of(dtype)) == 0;
+}
+
+}  // namespace ling::gate

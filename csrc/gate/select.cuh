@@ -1,0 +1,209 @@
+// Selection of the K best experts of each token, by keys that lie in registers and shared memory.
+//
+// Fast path. Each lane splits its values in two segments. The L-th largest of the token's 2L segment
+// maxima is a lower bound of the L-th largest value, hence of the K-th (K <= L): only about 1.3 L
+// values reach it. These survivors are compacted and ranked by counting. Rows with NaN, with a bound of
+// -inf, or with more survivors than room (ties) take the slow path: K rounds of an argmax.
+#pragma once
+
+#include "row.cuh"
+
+namespace ling::gate {
+
+// One token's scratch in shared memory.
+struct Scratch {
+  float* row;           // [L * V] keys in expert order
+  uint64_t* survivors;  // [kSurvivors + 1, rounded to 2]
+  int* chosen;          // [L]
+  uint32_t* group_keys; // [G]
+  uint32_t* group_kept; // [G]
+};
+
+template <int L>
+constexpr int kSurvivors = 4 * L;
+
+// Order of selection: larger key first, then the lower expert.
+__device__ inline uint64_t candidate(uint32_t key, int expert) {
+  return static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(~expert);
+}
+
+__device__ inline int expert_of_candidate(uint64_t c) { return static_cast<int>(~static_cast<uint32_t>(c)); }
+
+__device__ inline float min_or_max(float a, float b, bool take_min) { return take_min ? fminf(a, b) : fmaxf(a, b); }
+
+// The L-th largest of the 2L values (high, low) of a token's lanes, without NaN.
+template <int L>
+__device__ float middle_of_pairs(float a, float b, int lane) {
+  float high = fmaxf(a, b);
+  float low = fminf(a, b);
+  // Bitonic merges of descending runs; a run of w lanes holds elements 2 * lane, 2 * lane + 1.
+#pragma unroll
+  for (int w = 1; w < L / 2; w *= 2) {
+    const float other_high = __shfl_xor_sync(kWarp, high, 2 * w - 1);
+    const float other_low = __shfl_xor_sync(kWarp, low, 2 * w - 1);
+    bool upper = lane & w;
+    float first = min_or_max(high, other_low, upper);
+    float second = min_or_max(low, other_high, upper);
+#pragma unroll
+    for (int step = w / 2; step > 0; step /= 2) {
+      upper = lane & step;
+      first = min_or_max(first, __shfl_xor_sync(kWarp, first, step), upper);
+      second = min_or_max(second, __shfl_xor_sync(kWarp, second, step), upper);
+    }
+    high = fmaxf(first, second);
+    low = fminf(first, second);
+  }
+  // Element i of one half against element L - 1 - i of the other: the larger ones are the best L.
+  const float other_high = __shfl_xor_sync(kWarp, high, L - 1);
+  const float other_low = __shfl_xor_sync(kWarp, low, L - 1);
+  float least = fminf(fmaxf(high, other_low), fmaxf(low, other_high));
+#pragma unroll
+  for (int step = L / 4; step > 0; step /= 2) least = fminf(least, __shfl_xor_sync(kWarp, least, step));
+  return least;
+}
+
+// Sum of the two largest keys of a group as an ordered key; NaN counts as the lowest key.
+__device__ inline uint32_t group_score(const float* values, int size, int start) {
+  float first = -INFINITY;
+  float second = -INFINITY;
+  int at = start;
+  if (size % 4 == 0) {
+    for (int i = 0; i < size; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(values + at);
+      const float high = max_nan(max_nan(four.x, four.y), max_nan(four.z, four.w));
+      const float low = fmaxf(fminf(four.x, four.y), fminf(four.z, four.w));
+      const float middle = fminf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
+      second = fmaxf(fmaxf(second, fminf(first, high)), fmaxf(low, middle));
+      first = max_nan(first, high);
+      at = at + 4 == size ? 0 : at + 4;
+    }
+  } else {
+    for (int i = 0; i < size; ++i) {
+      second = fmaxf(second, fminf(first, values[i]));
+      first = max_nan(first, values[i]);
+    }
+  }
+  if (isnan(first)) {
+    uint32_t best = 0;
+    uint32_t next = 0;
+    for (int i = 0; i < size; ++i) {
+      const uint32_t key = ordered_key(values[i]);
+      next = max(next, min(best, key));
+      best = max(best, key);
+    }
+    first = key_value(best);
+    second = key_value(next);
+  }
+  return ordered_key(size == 1 ? first : first + second);
+}
+
+// Keeps the best groups of a token: marks them, and overwrites the keys of the others with -inf.
+template <int L>
+__device__ void mask_groups(const Scratch& scratch, int experts, int num_groups, int topk_groups, int lane) {
+  const int size = experts / num_groups;
+  const int quads = max(size / 4, 1);
+  for (int g = lane; g < num_groups; g += L) {
+    // Lanes start at different quads, so that they read different banks.
+    scratch.group_keys[g] = group_score(scratch.row + g * size, size, 4 * (g % quads));
+  }
+  __syncwarp();
+  for (int g = lane; g < num_groups; g += L) {
+    const uint64_t own = candidate(scratch.group_keys[g], g);
+    int rank = 0;
+    for (int other = 0; other < num_groups; ++other) rank += candidate(scratch.group_keys[other], other) > own;
+    scratch.group_kept[g] = rank < topk_groups;
+    if (rank >= topk_groups) {
+      float* values = scratch.row + g * size;
+      if (size % 4 == 0) {
+        int at = 4 * (g % quads);
+        for (int i = 0; i < size; i += 4) {
+          *reinterpret_cast<float4*>(values + at) = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+          at = at + 4 == size ? 0 : at + 4;
+        }
+      } else {
+        for (int i = 0; i < size; ++i) values[i] = -INFINITY;
+      }
+    }
+  }
+  __syncwarp();
+}
+
+// K rounds, each the best candidate below the last one. Every lane of the warp takes part.
+template <int L, int C>
+__device__ void select_slow(const Scratch& scratch, bool write, int choices, int experts, int group_size, int lane) {
+  uint64_t last = ~0ull;
+  for (int round = 0; round < choices; ++round) {
+    uint64_t best = 0;
+    for (int v = 0; v < 4 * C; ++v) {
+      const int e = expert_of<L>(lane, v);
+      if (e >= experts) continue;
+      const bool kept = group_size == 0 || scratch.group_kept[e / group_size];
+      const uint64_t c = candidate(kept ? ordered_key(scratch.row[e]) : 0u, e);
+      if (c < last && c > best) best = c;
+    }
+#pragma unroll
+    for (int step = L / 2; step > 0; step /= 2) {
+      const uint64_t other = __shfl_xor_sync(kWarp, best, step);
+      best = other > best ? other : best;
+    }
+    if (write && lane == 0) scratch.chosen[round] = expert_of_candidate(best);
+    last = best;
+  }
+}
+
+// Fills scratch.chosen with the K best experts. `x` holds what scratch.row holds. Returns whether the
+// token's row has a NaN among its candidates.
+template <int L, int C>
+__device__ bool select(const float (&x)[4 * C], const Scratch& scratch, int choices, int experts, int group_size,
+                       int lane) {
+  constexpr int V = 4 * C;
+  const float first = max_nan_of<V / 2>(x);
+  const float second = max_nan_of<V / 2>(x + V / 2);
+  const float bound = middle_of_pairs<L>(first, second, lane);
+  const unsigned nan_lanes = __ballot_sync(kWarp, isnan(first) || isnan(second));
+  const unsigned own_lanes = L == 32 ? kWarp : ((1u << (L & 31)) - 1u) << (threadIdx.x & 31 & ~(L - 1));
+  const bool has_nan = nan_lanes & own_lanes;
+
+  unsigned mask = 0;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    if (x[v] >= bound) mask |= 1u << v;
+  }
+  int end = __popc(mask);
+  int place = -end;
+#pragma unroll
+  for (int step = 1; step < L; step *= 2) {
+    const int before = __shfl_up_sync(kWarp, end, step, L);
+    if (lane >= step) end += before;
+  }
+  place += end;
+  const int total = __shfl_sync(kWarp, end, L - 1, L);
+  const bool slow = has_nan || !(bound > -INFINITY) || total > kSurvivors<L>;
+
+  if (!slow) {
+    while (mask != 0) {
+      const int e = expert_of<L>(lane, __ffs(mask) - 1);
+      scratch.survivors[place++] = candidate(ordered_key(scratch.row[e]), e);
+      mask &= mask - 1;
+    }
+    if (lane == 0) scratch.survivors[total] = 0;  // read in pairs below
+  }
+  __syncwarp();
+  if (!slow) {
+    for (int i = lane; i < total; i += L) {
+      const uint64_t own = scratch.survivors[i];
+      int rank = 0;
+      for (int j = 0; j < total; j += 2) {
+        const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(scratch.survivors + j);
+        rank += two.x > own;
+        rank += two.y > own;
+      }
+      if (rank < choices) scratch.chosen[rank] = expert_of_candidate(own);
+    }
+  }
+  if (__any_sync(kWarp, slow)) select_slow<L, C>(scratch, slow, choices, experts, group_size, lane);
+  __syncwarp();
+  return has_nan;
+}
+
+}  // namespace ling::gate

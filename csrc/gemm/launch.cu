@@ -1,0 +1,50 @@
+// The launch functions of ling/gemm.h: limits, empty products, element type.
+#include "rows.cuh"
+#include "weight_grad.cuh"
+
+namespace ling {
+namespace {
+
+void require_aligned(const void* pointer, const char* what) {
+  require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, std::string(what) + " is not 16-byte aligned");
+}
+
+void require_sizes(int64_t columns, int64_t contraction, DType dtype) {
+  require(columns % 8 == 0 && contraction % 8 == 0, "columns and contraction must be multiples of 8");
+  require(dtype == DType::kBFloat16 || dtype == DType::kFloat16, "the GEMM kernels take bfloat16 and float16");
+}
+
+}  // namespace
+
+void launch_grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
+  require_sizes(p.columns, p.contraction, p.dtype);
+  if (p.rows == 0 || p.columns == 0) return;
+  if (p.contraction == 0 || p.experts == 0) {
+    check(cudaMemsetAsync(p.out, 0, p.rows * p.columns * size_of(p.dtype), stream), "zeroing an empty product");
+    return;
+  }
+  require_aligned(p.a, "a");
+  require_aligned(p.b, "b");
+  require_aligned(p.out, "out");
+  require(p.a_stride % 8 == 0, "the row stride of a must be a multiple of 8");
+  p.dtype == DType::kBFloat16 ? gemm::grouped_gemm<cute::bfloat16_t>(p, stream)
+                              : gemm::grouped_gemm<cute::half_t>(p, stream);
+}
+
+void launch_grouped_weight_grad(const GroupedWeightGradParams& p, cudaStream_t stream) {
+  require_sizes(p.columns, p.contraction, p.dtype);
+  if (p.experts == 0 || p.columns == 0 || p.contraction == 0) return;
+  if (p.rows == 0) {
+    const int64_t bytes = p.experts * p.columns * p.contraction * size_of(p.dtype);
+    check(cudaMemsetAsync(p.out, 0, bytes, stream), "zeroing an empty weight gradient");
+    return;
+  }
+  require_aligned(p.dy, "dy");
+  require_aligned(p.x, "x");
+  require_aligned(p.out, "out");
+  require(p.dy_stride % 8 == 0 && p.x_stride % 8 == 0, "the row strides of dy and x must be multiples of 8");
+  p.dtype == DType::kBFloat16 ? gemm::grouped_weight_grad<cute::bfloat16_t>(p, stream)
+                              : gemm::grouped_weight_grad<cute::half_t>(p, stream);
+}
+
+}  // namespace ling

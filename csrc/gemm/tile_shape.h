@@ -1,0 +1,31 @@
+// Which tile a product uses: a pure function of shapes, so that the first call costs what every call costs and a
+// shape always takes the same path. No element's sum depends on the choice (see multiply in kernel.cuh).
+#pragma once
+
+#include <cstdint>
+
+namespace ling::gemm {
+
+enum class TileChoice {
+  // 256 x 256 per pair of blocks: each block reads its own 128 rows and half of the weight tile, which the pair
+  // shares by multicast. 32 KiB from L2 per 4.2 MFLOP, which the L2 can deliver at full tensor rate.
+  kPair256,
+  // 128 x 128 per block, six stages: more tiles where there are few, and less of a tile is idle where experts have
+  // few rows or outputs have few columns.
+  kSingle128,
+};
+
+// A pair of blocks computes in steps of 128 rows; below about that many rows per expert it would mostly idle.
+constexpr int64_t kPairRows = 128;
+
+// rows, columns and contraction as in GroupedGemmParams.
+constexpr TileChoice choose_row_tile(int64_t rows, int64_t columns, int64_t /*contraction*/, int64_t experts) {
+  return rows >= kPairRows * experts && columns > 128 ? TileChoice::kPair256 : TileChoice::kSingle128;
+}
+
+// Weight gradients [columns, contraction] per expert: the output decides; rows only set the length of the sums.
+constexpr TileChoice choose_weight_grad_tile(int64_t columns, int64_t contraction) {
+  return columns > 128 && contraction > 128 ? TileChoice::kPair256 : TileChoice::kSingle128;
+}
+
+}  // namespace ling::gemm
