@@ -61,7 +61,6 @@ def _missing(op: str, device_index: int) -> str | None:
     return _extension.arch_reason(extension.facts[KERNELS[op]], capability) or None
 
 
-@torch.compiler.assume_constant_result
 def _fallback_reason(op: str, device_index: int, unsupported: str | None) -> str | None:
     """None if the kernel runs; otherwise the reason, warned of once. Runs at trace time."""
     reason = _missing(op, device_index) or unsupported
@@ -73,6 +72,11 @@ def _fallback_reason(op: str, device_index: int, unsupported: str | None) -> str
             stacklevel=4,
         )
     return reason
+
+
+# What `torch.compiler.assume_constant_result` sets; the decorator itself imports all of the
+# compiler, which takes longer than the rest of this package.
+_fallback_reason._dynamo_marked_constant = True
 
 
 def use_kernel(op: str, x: Tensor, unsupported: str | None = None) -> bool:

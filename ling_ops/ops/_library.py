@@ -95,16 +95,23 @@ def _route_fake(indices, num_experts, capacity, weights, token_mask, by_probabil
     return tuple(indices.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
-def _combine_backward(grad_out, rows, row_pair, weights, expert_offsets):
-    choices = row_pair.shape[0] // max(1, grad_out.shape[0])
-    return permute.combine_backward(grad_out, rows, row_pair, weights, max(1, choices))
+def _choices(grad_out, row_pair, weights, token_row):
+    """K; without tokens only the weights or token_row can tell it."""
+    for known in (weights, token_row):
+        if known is not None:
+            return known.shape[1]
+    return row_pair.shape[0] // max(1, grad_out.shape[0])
 
 
-def _combine_backward_fake(grad_out, rows, row_pair, weights, expert_offsets):
-    tokens = grad_out.shape[0]
-    choices = row_pair.shape[0] // max(1, tokens)
+def _combine_backward(grad_out, rows, row_pair, weights, expert_offsets, token_row=None):
+    choices = _choices(grad_out, row_pair, weights, token_row)
+    return permute.combine_backward(grad_out, rows, row_pair, weights, choices)
+
+
+def _combine_backward_fake(grad_out, rows, row_pair, weights, expert_offsets, token_row=None):
+    choices = _choices(grad_out, row_pair, weights, token_row)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return rows.new_empty(rows.shape), rows.new_empty(tokens, choices, dtype=wide)
+    return rows.new_empty(rows.shape), rows.new_empty(grad_out.shape[0], choices, dtype=wide)
 
 
 _define(
@@ -129,9 +136,9 @@ _define(
     _route_fake,
 )
 _define(
-    "permute(Tensor x, Tensor row_token, Tensor expert_offsets) -> Tensor",
-    lambda x, row_token, expert_offsets: permute.permute(x, row_token),
-    lambda x, row_token, expert_offsets: x.new_empty(row_token.shape[0], x.shape[1]),
+    "permute(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor? token_row=None) -> Tensor",
+    lambda x, row_token, expert_offsets, token_row=None: permute.permute(x, row_token),
+    lambda x, row_token, *unused: x.new_empty(row_token.shape[0], x.shape[1]),
 )
 _define(
     "combine(Tensor rows, Tensor token_row, Tensor? weights, Tensor? residual) -> Tensor",
@@ -140,7 +147,7 @@ _define(
 )
 _define(
     "combine_backward(Tensor grad_out, Tensor rows, Tensor row_pair, Tensor? weights, "
-    "Tensor expert_offsets) -> (Tensor grad_rows, Tensor grad_weights)",
+    "Tensor expert_offsets, Tensor? token_row=None) -> (Tensor grad_rows, Tensor grad_weights)",
     _combine_backward,
     _combine_backward_fake,
 )

@@ -46,7 +46,9 @@ def _check_main_grads(main_grads, gate_up_proj, down_proj) -> None:
     if main_grads is None:
         return
     if not isinstance(main_grads, (tuple, list)) or len(main_grads) != 2:
-        raise TypeError("main_grads must be a pair of tensors (gate_up, down)")
+        raise TypeError(
+            f"main_grads must be a pair of tensors (gate_up, down), got {type(main_grads).__name__}"
+        )
     for name, buffer, proj in zip(
         ("main_grads[0]", "main_grads[1]"), main_grads, (gate_up_proj, down_proj), strict=True
     ):
@@ -124,7 +126,9 @@ def moe_mlp(
     _check_main_grads(main_grads, gate_up_proj, down_proj)
     if swiglu_limit is not None:
         if activation not in GATED:
-            raise ValueError(f"swiglu_limit must be None for activation {activation!r}")
+            raise ValueError(
+                f"swiglu_limit must be None for activation {activation!r}, got {swiglu_limit}"
+            )
         _checks.positive("swiglu_limit", swiglu_limit)
     routing = _routing_for(routing, indices, down_proj.shape[0])
     unsupported = tensor_core_unsupported(x.dtype, H=x.shape[1], I=down_proj.shape[2])

@@ -15,7 +15,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, row_token, expert_offsets, token_row):
         ctx.save_for_backward(token_row)
-        return torch.ops.ling_ops.permute(x, row_token, expert_offsets)
+        return torch.ops.ling_ops.permute(x, row_token, expert_offsets, token_row)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -27,23 +27,23 @@ class _Permute(torch.autograd.Function):
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weights, token_row, row_pair, expert_offsets):
-        ctx.save_for_backward(rows, weights, row_pair, expert_offsets)
+        ctx.save_for_backward(rows, weights, row_pair, expert_offsets, token_row)
         return torch.ops.ling_ops.combine(rows, token_row, weights, None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        rows, weights, row_pair, expert_offsets = ctx.saved_tensors
+        rows, weights, row_pair, expert_offsets, token_row = ctx.saved_tensors
         grad_rows, grad_weights = torch.ops.ling_ops.combine_backward(
-            grad.contiguous(), rows, row_pair, weights, expert_offsets
+            grad.contiguous(), rows, row_pair, weights, expert_offsets, token_row
         )
         return grad_rows, None if weights is None else grad_weights, None, None, None
 
 
-def check_routing(routing: Routing, device: torch.device) -> None:
+def check_routing(routing: Routing, device: torch.device | None = None) -> None:
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a ling_ops.Routing, got {type(routing).__name__}")
-    if routing.row_token.device != device:
+    if device is not None and routing.row_token.device != device:
         raise ValueError(f"routing must be on {device}, got {routing.row_token.device}")
 
 
@@ -74,7 +74,9 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
     x = x.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
         return _Permute.apply(x, routing.row_token, routing.expert_offsets, routing.token_row)
-    return torch.ops.ling_ops.permute(x, routing.row_token, routing.expert_offsets)
+    return torch.ops.ling_ops.permute(
+        x, routing.row_token, routing.expert_offsets, routing.token_row
+    )
 
 
 def unpermute(rows: Tensor, routing: Routing, weights: Tensor | None = None) -> Tensor:

@@ -40,7 +40,7 @@ def routing_stats(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype or device.
     """
-    check_routing(routing, routing.expert_counts.device)
+    check_routing(routing)
     shape = tuple(routing.token_row.shape)
     wanted = _wanted(routing, indices, token_mask)
     dropped = wanted & (routing.token_row < 0)

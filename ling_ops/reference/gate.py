@@ -123,29 +123,34 @@ def topk_gate_backward(
     logsumexp(z) * softmax(z). Tokens with `token_mask` False get no loss terms.
     Formulas: derivative of `topk_gate`; balancing and z-loss as in `ling_ops.losses`.
     """
-    with torch.enable_grad():
-        leaf = upcast(logits.detach()).requires_grad_()
-        scores = gate_scores(leaf, score_function)
-        weights = chosen_weights(scores, indices, renormalize, scale)
-        objective = (weights * grad_weights.to(weights.dtype)).sum()
-        objective = objective + _loss_terms(
-            leaf, scores, balance, sequence_length, z_scale, token_mask, score_function
-        )
-        (gradient,) = torch.autograd.grad(objective, leaf)
-    return gradient.to(logits.dtype)
-
-
-def _loss_terms(logits, scores, balance, sequence_length, z_scale, token_mask, score_function):
-    """A scalar whose gradient is that of the folded losses."""
-    per_token = logits.new_zeros(logits.shape[0])
+    z, sigmoid = upcast(logits.detach()), score_function == "sigmoid"
+    scores, softmax = gate_scores(z, score_function), torch.softmax(z, dim=-1)
+    slope = _score_slope(grad_weights, scores, indices, renormalize, scale)
+    losses = torch.zeros_like(slope)
     if balance is not None:
-        p = scores
-        if score_function == "sigmoid":
-            p = scores / (scores.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)
-        slope = balance.to(p.dtype).repeat_interleave(sequence_length, dim=0)[: p.shape[0]]
-        per_token = per_token + (p * slope).sum(-1)
+        token_balance = balance.to(z.dtype).repeat_interleave(sequence_length, dim=0)[: len(z)]
+        p = scores / (scores.sum(-1, keepdim=True) + RENORMALIZE_EPSILON) if sigmoid else softmax
+        losses = token_balance - (token_balance * p).sum(-1, keepdim=True)
+        losses = losses * (p * (1 - scores) if sigmoid else p)
     if z_scale is not None:
-        per_token = per_token + 0.5 * z_scale * torch.logsumexp(logits, dim=-1).square()
+        losses = losses + z_scale * torch.logsumexp(z, dim=-1, keepdim=True) * softmax
     if token_mask is not None:
-        per_token = torch.where(token_mask, per_token, torch.zeros_like(per_token))
-    return per_token.sum()
+        losses = torch.where(token_mask.unsqueeze(-1), losses, 0.0)
+    if sigmoid:
+        gradient = slope * scores * (1 - scores)
+    else:
+        gradient = (slope - (slope * softmax).sum(-1, keepdim=True)) * softmax
+    return (gradient + losses).to(logits.dtype)
+
+
+def _score_slope(
+    grad_weights: Tensor, scores: Tensor, indices: Tensor, renormalize: bool, scale: float
+) -> Tensor:
+    """d objective / d scores [T,E] through the chosen weights; zero for the other experts."""
+    ids = indices.long()
+    slope = grad_weights.to(scores.dtype) * scale
+    if renormalize and indices.shape[-1] > 1:
+        chosen = scores.gather(-1, ids)
+        total = chosen.sum(-1, keepdim=True) + RENORMALIZE_EPSILON
+        slope = (slope - (slope * chosen).sum(-1, keepdim=True) / total) / total
+    return torch.zeros_like(scores).scatter(-1, ids, slope)

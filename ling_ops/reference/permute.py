@@ -10,8 +10,6 @@ from .gate import upcast
 
 def permute(x: Tensor, row_token: Tensor) -> Tensor:
     """Rows [T*K,H] of x [T,H] in expert order; rows whose token is -1 are zero."""
-    if x.shape[0] == 0:
-        return x.new_zeros(row_token.shape[0], x.shape[1])
     rows = x[row_token.clamp(min=0).long()]
     return torch.where((row_token >= 0).unsqueeze(-1), rows, 0.0)
 
@@ -25,10 +23,7 @@ def combine(
     by zero, so that neither a NaN row nor a NaN weight of it is seen, forward or backward.
     """
     present = token_row >= 0
-    if rows.shape[0] == 0:
-        gathered = rows.new_zeros(*token_row.shape, rows.shape[1])
-    else:
-        gathered = rows[token_row.clamp(min=0).long()]
+    gathered = rows[token_row.clamp(min=0).long()]
     gathered = upcast(torch.where(present.unsqueeze(-1), gathered, 0.0))
     if weights is not None:
         gathered = gathered * torch.where(present, weights, 0.0).to(gathered.dtype).unsqueeze(-1)
