@@ -1,0 +1,72 @@
+"""The key-value cache of incremental decoding."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import LingConfig
+
+
+class KVCache:
+    """Preallocated keys and values of every layer, ``[B, KV heads, max_length, head_dim]`` each.
+
+    ``length`` tokens are filled. ``token_mask`` ``[B, max_length]`` bool says which of them are
+    real; None while no padding has been seen.
+    """
+
+    def __init__(
+        self,
+        config: LingConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (batch_size, config.num_kv_heads, max_length, config.head_dim)
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.length = 0
+        self.token_mask: torch.Tensor | None = None
+        self.keys = [
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)
+        ]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+
+    def reset(self) -> None:
+        """Empties the cache; the memory stays."""
+        self.length = 0
+        self.token_mask = None
+
+    def reserve(self, batch_size: int, tokens: int, token_mask: torch.Tensor | None) -> None:
+        """Checks that ``tokens`` more fit, and records their mask."""
+        if batch_size != self.batch_size:
+            raise ValueError(
+                f"input_ids: got a batch of {batch_size}, need {self.batch_size} as in the cache"
+            )
+        end = self.length + tokens
+        if end > self.max_length:
+            raise ValueError(
+                f"cache: got {self.length} + {tokens} tokens, need at most "
+                f"max_length={self.max_length}"
+            )
+        if token_mask is not None and self.token_mask is None:
+            self.token_mask = torch.ones(
+                self.batch_size, self.max_length, dtype=torch.bool, device=token_mask.device
+            )
+        if token_mask is not None:
+            self.token_mask[:, self.length : end] = token_mask
+
+    def append(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes ``[B, KV heads, S, head_dim]`` behind the filled part; returns all up to it."""
+        end = self.length + keys.shape[2]
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        dtype = keys.dtype
+        return self.keys[layer][:, :, :end].to(dtype), self.values[layer][:, :, :end].to(dtype)
+
+    def advance(self, tokens: int) -> None:
+        """Counts ``tokens`` as filled, once every layer has appended them."""
+        self.length += tokens

@@ -1,0 +1,76 @@
+"""The dense feed-forward layer: of dense layers, and of the shared experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ._common import check_activation, check_positive, init_normal
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) · up(x)), or down(act(up(x))) for activations without a gate.
+
+    x ``[..., H]`` → ``[..., H]`` in x's dtype. Activations and the clamp are those of
+    ``ling_ops.moe_mlp``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "swiglu",
+        swiglu_limit: float | None = None,
+        bias: bool = False,
+        init_std: float | None = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
+        gated = check_activation(activation, swiglu_limit)
+        self.activation = activation
+        self.swiglu_limit = swiglu_limit
+        self.init_std = init_std
+        options = {"bias": bias, "device": device, "dtype": dtype}
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, **options) if gated else None
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, **options)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            if linear is not None:
+                init_normal(linear.weight, linear.in_features, self.init_std)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(x)
+        if self.gate_proj is None:
+            return self.down_proj(_plain(self.activation, up))
+        gate = self.gate_proj(x)
+        return self.down_proj(_gated(self.activation, gate, up, self.swiglu_limit))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, swiglu_limit={self.swiglu_limit}"
+
+
+def _gated(
+    activation: str, gate: torch.Tensor, up: torch.Tensor, limit: float | None
+) -> torch.Tensor:
+    if activation == "swiglu":
+        if limit is None:
+            return F.silu(gate) * up
+        return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+    return F.gelu(gate, approximate="tanh" if activation == "geglu_tanh" else "none") * up
+
+
+def _plain(activation: str, up: torch.Tensor) -> torch.Tensor:
+    if activation == "silu":
+        return F.silu(up)
+    if activation == "relu2":
+        return F.relu(up).square()
+    return F.gelu(up, approximate="tanh" if activation == "gelu_tanh" else "none")
