@@ -1,0 +1,67 @@
+"""The `ling-ops` command: info, train, generate.
+
+This package sits on top of `ling_ops.models`. Each command imports what it needs when it runs,
+so that `ling-ops info` works with the core install.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+from ling_ops.cli.errors import CommandError, describe_os_error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser of the `ling-ops` command, with all its subcommands."""
+    from ling_ops.cli import generate, info, options
+
+    parser = argparse.ArgumentParser(
+        prog="ling-ops",
+        description="Mixture-of-Experts operators and a small Ling model to train with them.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    info.add_parser(commands)
+    options.add_parser(commands)
+    generate.add_parser(commands)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "info":
+        from ling_ops.cli.info import run
+    elif arguments.command == "train":
+        from ling_ops.cli.train import run
+    else:
+        from ling_ops.cli.generate import run
+    return run(arguments)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status; failures are one line on stderr."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except CommandError as error:
+        return _fail(str(error), error.code)
+    except BrokenPipeError:
+        # The reader of stdout went away; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        return _fail(str(describe_os_error(error, f"`ling-ops {arguments.command}`")), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 128 + signal.SIGINT)
+    except (MemoryError, ModuleNotFoundError) as error:
+        return _fail(f"{type(error).__name__}: {error}", 1)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        return _fail("the device ran out of memory: lower --batch-size or --sequence-length", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"ling-ops: error: {message}", file=sys.stderr)
+    return code

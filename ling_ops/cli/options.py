@@ -1,0 +1,273 @@
+"""What `ling-ops train` can be told: flags, a config file, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ling_ops.cli.errors import CommandError
+
+
+def _option(default: Any, help: str, **extra: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class TrainOptions:
+    """Every setting of a run. `None` means: what the preset says.
+
+    The field names are the keys of a config file; a flag is the same name with dashes.
+    """
+
+    # the model
+    preset: str = _option("tiny", "model preset, such as tiny or small", group="model")
+    pattern: str | None = _option(
+        None, "layer counts by turns, dense first, such as 2-4-2-4", group="model"
+    )
+    layers: int | None = _option(
+        None, "layers in all; default: the sum of the pattern", group="model", minimum=1
+    )
+    gate: str | None = _option(
+        None, "router score function", choices=("softmax", "sigmoid"), group="model"
+    )
+    experts: int | None = _option(None, "experts per MoE layer", group="model", minimum=1)
+    experts_per_token: int | None = _option(
+        None, "experts that a token is sent to", group="model", minimum=1
+    )
+    capacity: str | None = _option(
+        None,
+        "dropless, fixed:FACTOR (fixed:1.25) or dynamic:DROP_RATE[:batch|:running] (dynamic:0.02)",
+        group="model",
+    )
+    reroute_rounds: int | None = _option(
+        None, "rounds in which overflow may go to the next-best expert", group="model", minimum=0
+    )
+    balance_loss: float | None = _option(
+        None, "coefficient of the load-balancing loss", group="losses", minimum=0.0
+    )
+    sequence_loss: float | None = _option(
+        None, "coefficient of the sequence-wise balancing loss", group="losses", minimum=0.0
+    )
+    z_loss: float | None = _option(
+        None, "coefficient of the router z-loss", group="losses", minimum=0.0
+    )
+    bias_rate: float | None = _option(
+        None, "update rate of the loss-free expert bias (0: no bias)", group="losses", minimum=0.0
+    )
+    model: dict[str, Any] = _option(
+        (), "any other field of LingConfig, as NAME=VALUE", group="model", nargs="+",
+        metavar="NAME=VALUE",
+    )  # fmt: skip
+    # the run
+    data: list[str] = _option(
+        (), "text files or folders; default: the sources of Python's standard library",
+        group="run", nargs="+", metavar="PATH",
+    )  # fmt: skip
+    steps: int = _option(500, "optimizer steps in all", group="run", minimum=1)
+    batch_size: int = _option(16, "sequences per micro-batch", group="run", minimum=1)
+    sequence_length: int = _option(256, "bytes per sequence", group="run", minimum=2)
+    accumulate: int = _option(1, "micro-batches per optimizer step", group="run", minimum=1)
+    learning_rate: float = _option(3e-3, "peak learning rate", group="run", minimum=0.0)
+    final_learning_rate: float = _option(
+        0.1, "learning rate at the end, as a fraction of the peak", group="run", minimum=0.0
+    )
+    warmup_steps: int | None = _option(
+        None, "steps of linear warm-up; default: a tenth of the steps, at most 1000",
+        group="run", minimum=0,
+    )  # fmt: skip
+    weight_decay: float = _option(0.1, "AdamW weight decay of matrices", group="run", minimum=0.0)
+    clip: float = _option(1.0, "largest gradient norm (0: no clipping)", group="run", minimum=0.0)
+    dtype: str = _option(
+        "auto", "parameter dtype; auto is bf16 on a GPU and fp32 on a CPU",
+        choices=("auto", "fp32", "bf16"), group="run",
+    )  # fmt: skip
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="run")
+    seed: int = _option(0, "seed of weights and data order", group="run", minimum=0)
+    # what it writes
+    checkpoint_every: int = _option(
+        100, "steps between checkpoints (0: only the last)", group="output", minimum=0
+    )
+    keep: int = _option(2, "how many checkpoints to keep", group="output", minimum=1)
+    validate_every: int = _option(
+        100, "steps between validations (0: only at the end)", group="output", minimum=0
+    )
+    validation_bytes: int = _option(
+        65536, "held-out bytes that a validation reads", group="output", minimum=1
+    )
+    log_every: int = _option(5, "steps between lines of metrics", group="output", minimum=1)
+
+    def check(self) -> None:
+        """Raise CommandError for the first value that makes no sense."""
+        for field in dataclasses.fields(self):
+            _check_value(field, getattr(self, field.name))
+        if self.warmup_steps is not None and self.warmup_steps > self.steps:
+            raise CommandError(
+                f"warmup_steps ({self.warmup_steps}) is larger than steps ({self.steps})", code=2
+            )
+        if self.capacity is not None:
+            parse_capacity(self.capacity)
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, with the default filled in."""
+        return min(1000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainOptions)}
+# What may change when a run goes on; anything else would make it another run.
+CHANGEABLE = {
+    "data", "steps", "device", "checkpoint_every", "keep", "validate_every",
+    "validation_bytes", "log_every", "warmup_steps",
+}  # fmt: skip
+
+
+def _check_value(field: dataclasses.Field, value: Any) -> None:
+    name, kind, meta = field.name, str(field.type), field.metadata
+    if value is None and "None" in kind:
+        return
+    if "dict" in kind:
+        if value != () and not isinstance(value, dict):
+            raise CommandError(f"{name} must be a table", code=2)
+        return
+    if "list" in kind:
+        if not all(isinstance(item, str) for item in value):
+            raise CommandError(f"{name} must be a list of paths", code=2)
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {"int": number and isinstance(value, int), "float": number, "str": isinstance(value, str)}
+    if not fits[kind.split(" ")[0]]:
+        raise CommandError(f"{name} must be {kind.split(' ')[0]}, not {value!r}", code=2)
+    if number and not math.isfinite(value):
+        raise CommandError(f"{name} must be finite, not {value}", code=2)
+    if "minimum" in meta and value < meta["minimum"]:
+        raise CommandError(f"{name} must be at least {meta['minimum']}, not {value}", code=2)
+    if "choices" in meta and value not in meta["choices"]:
+        choices = ", ".join(meta["choices"])
+        raise CommandError(f"{name} must be one of {choices}, not {value!r}", code=2)
+
+
+def parse_capacity(text: str) -> dict[str, Any]:
+    """LingConfig's capacity fields of dropless | fixed:FACTOR | dynamic[:DROP_RATE[:MODE]]."""
+    kind, *rest = text.split(":")
+    try:
+        if kind == "dropless" and not rest:
+            return {"capacity": kind}
+        if kind == "fixed" and len(rest) == 1:
+            return {"capacity": kind, "capacity_factor": float(rest[0])}
+        if kind == "dynamic" and len(rest) <= 2:
+            rate, mode = [*rest, *("0.02", "batch")[len(rest) :]]
+            return {"capacity": kind, "target_drop_rate": float(rate), "capacity_mode": mode}
+    except ValueError as error:
+        raise CommandError(f"capacity {text!r}: {error}", code=2) from error
+    raise CommandError(
+        "capacity must be dropless, fixed:FACTOR or dynamic:DROP_RATE[:batch|:running], "
+        f"not {text!r}",
+        code=2,
+    )
+
+
+def parse_model_fields(items: list[str]) -> dict[str, Any]:
+    """["hidden_size=64", "mlp_bias=true"] as a dict; values are JSON, or else text."""
+    fields = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise CommandError(f"--model takes NAME=VALUE, not {item!r}", code=2)
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
+    return fields
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The settings of a JSON or TOML file, each key checked against TrainOptions."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot read config {path!r}: {reason}", code=2) from error
+    try:
+        values = _parse_toml(text) if path.endswith(".toml") else json.loads(text)
+    except ValueError as error:
+        raise CommandError(f"config {path!r} is not valid: {error}", code=2) from error
+    if not isinstance(values, dict):
+        raise CommandError(f"config {path!r} must hold a table of settings", code=2)
+    for key in values:
+        if key not in FIELDS:
+            near = difflib.get_close_matches(key, FIELDS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise CommandError(f"config {path!r} has an unknown setting {key!r}{hint}", code=2)
+    if isinstance(values.get("data"), str):
+        values["data"] = [values["data"]]
+    return values
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError as error:
+        raise CommandError("a TOML config needs Python 3.11; use JSON", code=2) from error
+    return tomllib.loads(text)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add `train` to the command's subparsers."""
+    parser = commands.add_parser(
+        "train",
+        help="train a small hierarchical MoE on text, bytes as tokens",
+        description="Train a Ling model on text, bytes as tokens. Without arguments: the `tiny` "
+        "preset on the sources of Python's standard library, a few minutes on two CPU cores.",
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    kinds = {"int": int, "float": float, "str": str}
+    for name, field in FIELDS.items():
+        title = field.metadata["group"]
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        default = "" if field.default in (None, ()) else f" (default: {field.default})"
+        extra = {k: v for k, v in field.metadata.items() if k in ("choices", "nargs", "metavar")}
+        kind = kinds.get(str(field.type).split(" ")[0], str)
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=kind, help=field.metadata["help"] + default, **extra)
+    output = groups["output"]
+    output.add_argument("--output", metavar="DIR", help="run folder (default: runs/<preset>)")
+    output.add_argument(
+        "--resume", nargs="?", const="", metavar="CHECKPOINT",
+        help="go on from a checkpoint (default: the latest of --output)",
+    )  # fmt: skip
+    output.add_argument("--config", metavar="FILE", help="JSON or TOML file with these settings")
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were stated: the config file's, then the flags' on top."""
+    values = read_config_file(arguments.config) if "config" in arguments else {}
+    flags = {k: v for k, v in vars(arguments).items() if k in FIELDS}
+    if "model" in flags:
+        flags["model"] = {**values.get("model", {}), **parse_model_fields(flags["model"])}
+    return {**values, **flags}
+
+
+def merge(base: dict[str, Any], given: dict[str, Any], *, resuming: bool) -> TrainOptions:
+    """TrainOptions from `base` (a checkpoint's, or empty) with `given` on top, checked."""
+    if resuming:
+        for key, value in given.items():
+            if key not in CHANGEABLE and value != base.get(key):
+                raise CommandError(
+                    f"{key} is {base.get(key)!r} in the checkpoint and cannot become {value!r} "
+                    "on --resume",
+                    code=2,
+                )
+    try:
+        options = TrainOptions(**{**base, **given})
+    except TypeError as error:
+        raise CommandError(f"the checkpoint's settings do not fit this version: {error}") from error
+    options.check()
+    options.data, options.model = list(options.data), dict(options.model)
+    return options

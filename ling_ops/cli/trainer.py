@@ -1,0 +1,204 @@
+"""The training loop: steps, validation, metrics, checkpoints, and stopping cleanly."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ling_ops.cli.checkpoint import Checkpoint, save_checkpoint
+from ling_ops.cli.data import BatchOrder, TextData, order0_entropy, validation_windows
+from ling_ops.cli.errors import CommandError
+from ling_ops.cli.metrics import MetricsWriter, layer_metrics
+from ling_ops.cli.optimizer import Optimizer, learning_rate_at
+from ling_ops.cli.options import TrainOptions
+from ling_ops.cli.progress import Eta
+from ling_ops.nn import set_router_loss_scale
+
+NATS_PER_BIT = math.log(2)
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one ends the process as usual."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+
+class Trainer:
+    """One run: a model, its optimizer, its text, and the folder that it writes to."""
+
+    def __init__(
+        self, model: Any, options: TrainOptions, text: TextData, output: Path, device: torch.device
+    ) -> None:
+        self.model, self.options, self.output, self.device = model, options, output, device
+        self.text = text
+        self.optimizer = Optimizer(model, weight_decay=options.weight_decay)
+        self.order = BatchOrder(
+            text.train, sequence_length=options.sequence_length, batch=options.batch_size,
+            seed=options.seed,
+        )  # fmt: skip
+        self.held_out = validation_windows(
+            text.validation, sequence_length=options.sequence_length,
+            limit=options.validation_bytes,
+        )  # fmt: skip
+        self.baseline = order0_entropy(self.held_out)
+        self.step = 0
+        self.elapsed = 0.0
+        self.saved_step: int | None = None
+        self.last_validation: dict[str, Any] | None = None
+        self._last_loss = self._last_norm = torch.zeros(())
+        set_router_loss_scale(model, 1.0 / options.accumulate)
+
+    # -- state --
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint whose model tensors are already loaded."""
+        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
+        rng = checkpoint.tensors["rng"]
+        try:
+            torch.set_rng_state(rng["cpu"])
+            if self.device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
+            if self.device.type == "cpu":
+                torch.set_num_threads(int(checkpoint.state["threads"]))
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CommandError(f"the checkpoint's random state does not fit: {error}") from error
+        self.step = self.saved_step = checkpoint.state["step"]
+        self.elapsed = float(checkpoint.state.get("elapsed_s", 0.0))
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step (never of values that are not finite)."""
+        self._check_finite()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "settings": vars(self.options), "model": self.model.config.to_dict(),
+            "data": self.text.fingerprint, "elapsed_s": round(self.elapsed, 3),
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+        }  # fmt: skip
+        tensors = {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_tensors(),
+            "rng": rng,
+        }  # fmt: skip
+        folder = save_checkpoint(
+            self.output / "checkpoints", step=self.step, state=state, tensors=tensors,
+            keep=self.options.keep,
+        )  # fmt: skip
+        self.saved_step = self.step
+        return folder
+
+    # -- the loop --
+
+    def run(self, metrics: MetricsWriter, progress: Any, stop: StopRequest) -> None:
+        """Train up to options.steps, or until a signal asks to stop; always ends saved."""
+        options = self.options
+        eta = Eta(self.step, options.steps)
+        tokens_per_step = options.batch_size * options.sequence_length * options.accumulate
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        since, mark, first = 0, time.monotonic(), self.step + 1
+        while self.step < options.steps and stop.signal is None:
+            rate = self._learning_rate()
+            loss_sum += self._train_step(rate)
+            since += 1
+            if self.step == first:
+                eta.restart(self.step)
+            if self.step % options.log_every == 0 or self.step == options.steps:
+                self._check_finite()
+                mean, now = (loss_sum / since).item(), time.monotonic()
+                event = {
+                    "event": "train", "step": self.step, "loss": mean,
+                    "bits_per_byte": mean / NATS_PER_BIT, "learning_rate": rate,
+                    "gradient_norm": float(self._last_norm),
+                    "tokens_per_s": tokens_per_step * since / (now - mark),
+                    "elapsed_s": self.elapsed + now - mark, "layers": layer_metrics(self.model),
+                }  # fmt: skip
+                self.elapsed += now - mark
+                metrics.write(event)
+                progress.train(event, eta.left(self.step))
+                loss_sum.zero_()
+                since, mark = 0, now
+            if _is_due(self.step, options.validate_every) and self.step < options.steps:
+                progress.validation(self._validate(metrics))
+            if _is_due(self.step, options.checkpoint_every) and self.step < options.steps:
+                self.save()
+        if stop.signal is None:
+            progress.validation(self._validate(metrics))
+        if self.saved_step != self.step:
+            self.save()
+
+    def _learning_rate(self) -> float:
+        options = self.options
+        return learning_rate_at(
+            self.step + 1, steps=options.steps, warmup=options.warmup,
+            peak=options.learning_rate, final=options.final_learning_rate,
+        )  # fmt: skip
+
+    def _train_step(self, rate: float) -> torch.Tensor:
+        self.model.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part in range(self.options.accumulate):
+            batch = self.order.batch_at(self.step * self.options.accumulate + part)
+            loss = self._loss(batch)
+            (loss / self.options.accumulate).backward()
+            total += loss.detach().double() / self.options.accumulate
+        self._last_loss, self._last_norm = total, self.optimizer.step(rate, self.options.clip)
+        self.model.update_expert_biases()
+        self.step += 1
+        return total
+
+    def _loss(self, batch: torch.Tensor) -> torch.Tensor:
+        batch = batch.to(self.device)
+        logits = self.model(batch[:, :-1]).logits.float()
+        return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    def _check_finite(self) -> None:
+        loss, norm = float(self._last_loss), float(self._last_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise CommandError(
+                f"the loss is no longer finite at step {self.step} (loss {loss}, gradient norm "
+                f"{norm}): lower --learning-rate; the last checkpoint is kept"
+            )
+
+    @torch.no_grad()
+    def _validate(self, metrics: MetricsWriter) -> dict[str, Any]:
+        self.model.eval()
+        losses = [
+            self._loss(part).double() * part.shape[0]
+            for part in self.held_out.split(self.options.batch_size)
+        ]
+        mean = float(torch.stack(losses).sum()) / self.held_out.shape[0]
+        event = {
+            "event": "validation", "step": self.step, "bits_per_byte": mean / NATS_PER_BIT,
+            "order0_bits_per_byte": self.baseline,
+        }  # fmt: skip
+        metrics.write(event)
+        self.last_validation = event
+        return event
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
