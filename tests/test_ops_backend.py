@@ -1,0 +1,97 @@
+"""What runs where: use_backend, backend_info, and one warning per reason."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import ling_ops
+from ling_ops import FallbackWarning, backend_info, grouped_gemm, topk_gate, use_backend
+
+OPS = {"topk_gate", "route", "permute", "unpermute", "grouped_gemm", "grouped_mm", "moe_mlp"}
+
+
+def test_info_says_what_runs_and_why() -> None:
+    info = backend_info()
+    assert info["version"] == ling_ops.__version__ and info["torch"] == torch.__version__
+    assert set(info["ops"]) >= OPS
+    for op, state in info["ops"].items():
+        assert state["backend"] in ("cuda", "reference") and state["reason"], op
+    assert isinstance(info["extension"]["loaded"], bool)
+    if not torch.cuda.is_available():
+        assert {state["backend"] for state in info["ops"].values()} == {"reference"}
+
+
+def test_use_backend_nests_and_survives_errors() -> None:
+    def backends() -> set[str]:
+        return {state["reason"] for state in backend_info()["ops"].values()}
+
+    before = backends()
+    with pytest.raises(RuntimeError), use_backend("reference"):
+        assert backends() == {"use_backend('reference') is in force"}
+        with use_backend("auto"):
+            assert backends() == before
+        assert backends() != before
+        raise RuntimeError
+    assert backends() == before
+
+
+def test_the_reference_gives_the_same_result_on_a_cpu() -> None:
+    logits = torch.randn(5, 8)
+    with use_backend("reference"):
+        forced = topk_gate(logits, 2)
+    for actual, expected in zip(topk_gate(logits, 2), forced, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_cpu_tensor_never_warns() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        topk_gate(torch.randn(3, 4, dtype=torch.float64), 2)
+        grouped_gemm(torch.randn(3, 5), torch.randn(1, 3, 5), torch.tensor([0, 3]))
+
+
+def test_import_is_quick_and_creates_no_context() -> None:
+    """Measured in processor time, so that a busy machine doesn't fail it."""
+    code = (
+        "import torch, time; start = time.process_time(); import ling_ops\n"
+        "took = time.process_time() - start\n"
+        "assert not torch.cuda.is_initialized(), 'a CUDA context was created'\n"
+        "print(took)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2.0, "import takes more than 2 s beyond torch's own"
+
+
+@pytest.mark.cuda
+def test_one_warning_names_the_reason(device: torch.device) -> None:
+    code = (
+        "import torch, warnings, ling_ops\n"
+        "x = torch.randn(4, 8, dtype=torch.float64, device='cuda')\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    [ling_ops.topk_gate(x, 2) for _ in range(3)]\n"
+        "found = [w for w in caught if issubclass(w.category, ling_ops.FallbackWarning)]\n"
+        "assert len(found) == 1, caught\n"
+        "print(found[0].message)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "topk_gate" in done.stdout
+
+
+@pytest.mark.cuda
+def test_a_fallback_is_still_right(device: torch.device) -> None:
+    """Rows that the tensor cores can't take go through PyTorch, visibly."""
+    a, b = torch.randn(9, 7, device=device).bfloat16(), torch.randn(2, 5, 7, device=device)
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        out = grouped_gemm(a, b.bfloat16(), offsets)
+    expected = torch.cat([a[:4] @ b[0].bfloat16().T, a[4:] @ b[1].bfloat16().T])
+    torch.testing.assert_close(out, expected)
