@@ -103,8 +103,9 @@ def test_recomputation_changes_no_gradient_and_no_count(capacity, device):
         model(x, labels=x).loss.backward()
         model.update_expert_biases()
     named = zip(plain.named_parameters(), recomputing.parameters(), strict=True)
-    for (name, mine), theirs in named:
-        assert torch.equal(mine.grad, theirs.grad), name
+    tolerance = 0.0 if device.type == "cpu" else 1e-5  # scatter-adds of the fp32 path on a GPU
+    for (_, mine), theirs in named:
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=tolerance, atol=tolerance)
     for (_, mine), (_, theirs) in zip(plain.moe_layers(), recomputing.moe_layers(), strict=True):
         assert torch.equal(mine.gate.expert_bias, theirs.gate.expert_bias)
 
@@ -202,17 +203,20 @@ def test_initialisation_follows_the_config(device):
     for name in ("model.word_embeddings", "model.layers.0.attention.dense", "lm_head"):
         assert abs(model.get_submodule(name).weight.std().item() / 0.05 - 1) < 0.1
     assert model.model.norm.weight.eq(1).all()
+    model = make(device, init_std=None, hidden_size=128)
+    assert abs(model.model.word_embeddings.weight.std().item() - 1) < 0.1
+    assert abs(model.lm_head.weight.std().item() * 128**0.5 - 1) < 0.1
 
 
 def test_bad_input(device):
     model, x = make(device), ids(device)
     with pytest.raises(ValueError, match=r"input_ids: got shape \(12,\), need \[B, S\]"):
         model(x[0])
-    with pytest.raises(TypeError, match="input_ids: got dtype torch.float32"):
+    with pytest.raises(TypeError, match=r"input_ids: got dtype torch\.float32"):
         model(x.float())
     with pytest.raises(ValueError, match="labels: got shape"):
         model(x, labels=x[:, 1:])
-    with pytest.raises(ValueError, match="token_mask: got torch.int64"):
+    with pytest.raises(ValueError, match=r"token_mask: got torch\.int64"):
         model(x, token_mask=torch.ones_like(x))
     with pytest.raises(ValueError, match="replay_indices: got 1 tensors, need 2"):
         model(x, replay_indices=[x])

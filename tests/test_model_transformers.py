@@ -61,7 +61,9 @@ def mapped(model: LingForCausalLM) -> dict[str, torch.Tensor]:
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     for name, value in model.state_dict().items():
         if "query_key_value" in name:
-            for part, rows in zip("qkv", value.split([n * config.head_dim for n in heads]), strict=True):
+            for part, rows in zip(
+                "qkv", value.split([n * config.head_dim for n in heads]), strict=True
+            ):
                 state[name.replace("attention.query_key_value", f"self_attn.{part}_proj")] = rows
             continue
         for old, new in RENAMED:

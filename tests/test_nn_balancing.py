@@ -54,8 +54,9 @@ def test_recomputation_repeats_the_routing_and_counts_nothing_twice(reentrant, d
         model(batch(device, 0)).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
         accumulate_expert_counts(model)
+    tolerance = 0.0 if device.type == "cpu" else 1e-5  # scatter-adds of the fp32 path on a GPU
     for mine, theirs in zip(*grads, strict=True):
-        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
     for mine, theirs in zip(moe_modules(recomputing), moe_modules(plain), strict=True):
         assert torch.equal(mine.expert_load, theirs.expert_load)
         assert mine.expert_load.sum() == 20 * K

@@ -10,7 +10,7 @@ import torch
 from ling_ops import CapacityPolicy
 from ling_ops.nn import MLP, Experts, MoE
 
-H, E, K, I = 16, 8, 2, 24  # noqa: E741
+H, E, K, I = 16, 8, 2, 24
 GATED = ["swiglu", "geglu", "geglu_tanh"]
 PLAIN = ["gelu", "gelu_tanh", "silu", "relu2"]
 
@@ -184,9 +184,7 @@ def test_reroute_lowers_the_drop_rate(device):
 
 def test_probability_priority_keeps_more_gate_mass(device):
     position = make(device, capacity=CapacityPolicy.fixed(0.8))
-    probability = make(
-        device, capacity=CapacityPolicy.fixed(0.8), capacity_priority="probability"
-    )
+    probability = make(device, capacity=CapacityPolicy.fixed(0.8), capacity_priority="probability")
     probability.load_state_dict(position.state_dict())
     x = skewed(position, device)
     position(x)
@@ -215,7 +213,9 @@ def test_each_layer_keeps_its_own_policy():
     "capacity", [None, CapacityPolicy.fixed(1.0), CapacityPolicy.dynamic(0.02)]
 )
 def test_replay_repeats_the_layer(capacity, device):
-    layer = make(device, capacity=capacity, jitter=0.2, score_function="sigmoid", use_expert_bias=True)
+    layer = make(
+        device, capacity=capacity, jitter=0.2, score_function="sigmoid", use_expert_bias=True
+    )
     x = torch.randn(3, 7, H, device=device)
     layer(x)
     indices = layer.last_indices
@@ -324,5 +324,7 @@ def test_bad_input(device):
         layer.stats()
     with pytest.raises(ValueError, match=r"x: got shape \(4, 15\), need \[..., 16\]"):
         layer(torch.zeros(4, 15, device=device))
-    with pytest.raises(ValueError, match=r"token_mask: got torch.bool \(5,\), need torch.bool \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"token_mask: got torch.bool \(5,\), need torch.bool \(4,\)"
+    ):
         layer(torch.zeros(4, H, device=device), token_mask=torch.ones(5, dtype=torch.bool))

@@ -230,13 +230,13 @@ def test_bad_input(device):
     router, x = make(device, sequence_balance_coefficient=0.1), tokens(device)
     with pytest.raises(ValueError, match=r"x: got shape \(12, 15\), need \[T, 16\]"):
         router(x[:, 1:])
-    with pytest.raises(TypeError, match="x: got dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"x: got dtype torch\.int64"):
         router(x.long())
     with pytest.raises(ValueError, match="token_mask: got"):
         router(x, token_mask=torch.ones(T + 1, dtype=torch.bool, device=device))
     with pytest.raises(ValueError, match=r"indices: got shape \(12, 3\), need \[12, 2\]"):
         router(x, indices=torch.zeros(T, 3, dtype=torch.int32, device=device))
-    with pytest.raises(TypeError, match="indices: got dtype torch.float32"):
+    with pytest.raises(TypeError, match=r"indices: got dtype torch\.float32"):
         router(x, indices=torch.zeros(T, K, device=device))
     with pytest.raises(ValueError, match="sequence_length: got None"):
         router(x)

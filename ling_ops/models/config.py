@@ -61,7 +61,7 @@ class LingConfig:
     rope_theta: float = 600_000.0
     partial_rotary_factor: float = 0.5
     rms_norm_eps: float = 1e-6
-    init_std: float | None = 0.02  #: None: 1/sqrt(fan_in)
+    init_std: float | None = 0.02  #: None: 1/sqrt(fan_in), and 1 for the embedding
     family: str = "custom"  #: whose numbers these are: article, ling2 or custom
 
     def __post_init__(self) -> None:

@@ -146,7 +146,11 @@ class LingForCausalLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all weights anew: N(0, init_std²), ones for norms, zeros for biases."""
+        """Draws all weights anew: N(0, init_std²), ones for norms, zeros for biases.
+
+        With ``init_std=None`` std is 1/sqrt(fan_in); an embedding, whose input is one-hot, has a
+        fan-in of 1.
+        """
         std = self.config.init_std
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -154,7 +158,7 @@ class LingForCausalLM(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=std or module.embedding_dim**-0.5)
+                nn.init.normal_(module.weight, std=std or 1.0)
             elif isinstance(module, (RMSNorm, MoE)):
                 module.reset_parameters()
 

@@ -84,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_experts": 8,
         "num_experts_per_token": 2,
         "layer_pattern": "1-2-1-2",
+        "bias_update_rate": 1e-2,  # a run has hundreds of steps, not hundreds of thousands
     },
     "small": {
         **_BYTES,
