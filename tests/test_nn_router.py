@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import ling_ops
 from ling_ops.nn import Router
+from ling_ops.ops.gate_losses import probabilities
 
 H, E, K, T = 16, 8, 2, 12
 OPTIONS = {
@@ -142,7 +143,7 @@ COEFFICIENTS = {
 
 
 def explicit_losses(router: Router, out, length: int) -> torch.Tensor:
-    probs = router.probabilities(out.logits)
+    probs = probabilities(out.logits, router.score_function)
     return (
         ling_ops.load_balancing_loss(probs, out.indices, coefficient=0.3)
         + ling_ops.sequence_balancing_loss(
@@ -238,5 +239,5 @@ def test_bad_input(device):
         router(x, indices=torch.zeros(T, 3, dtype=torch.int32, device=device))
     with pytest.raises(TypeError, match=r"indices: got dtype torch\.float32"):
         router(x, indices=torch.zeros(T, K, device=device))
-    with pytest.raises(ValueError, match="sequence_length: got None"):
+    with pytest.raises(ValueError, match="sequence_length must be the tokens per sequence"):
         router(x)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ling_ops import ops
+from ling_ops.ops.gate_losses import LossCoefficients, router_losses, topk_gate_with_losses
 
 from ._common import check_positive, init_normal, without_autocast
-from ._losses import sequence_loss, z_loss
 
 
 class RouterOutput(NamedTuple):
@@ -151,39 +151,62 @@ class Router(nn.Module):
         outside [0,E) gets weight 0.
         """
         self._check_input(x, token_mask, indices)
+        losses = {"sequence_length": sequence_length, "token_mask": token_mask}
         with without_autocast(x.device):
             logits = self._logits(x)
             if indices is None:
-                weights, indices = ops.topk_gate(
-                    logits,
-                    self.num_experts_per_token,
-                    score_function=self.score_function,
-                    expert_bias=self.expert_bias,
-                    num_groups=self.num_groups,
-                    topk_groups=self.topk_groups,
-                    renormalize=self.renormalize,
-                    scale=self.scale,
-                )
+                weights, indices, values = self._choose(logits, losses)
             else:
-                weights = self.replay_weights(logits, indices)
-            losses = self._losses(logits, indices, sequence_length, token_mask)
-            if losses:
-                weights = ops.inject_loss(weights, sum(losses.values()) * self.loss_scale)
-        losses = {name: loss.detach() for name, loss in losses.items()}
-        return RouterOutput(weights, indices, logits, losses)
+                weights, values = self._replay(logits, indices, losses)
+        return RouterOutput(weights, indices, logits, values)
+
+    def _coefficients(self, logits: torch.Tensor) -> LossCoefficients:
+        """The losses of this forward: none in eval, none without tokens."""
+        if not self.training or logits.shape[0] == 0:
+            return LossCoefficients()
+        return LossCoefficients(
+            self.balance_coefficient, self.sequence_balance_coefficient, self.z_loss_coefficient
+        )
+
+    def _choose(self, logits: torch.Tensor, losses: dict):
+        gate = {
+            "score_function": self.score_function,
+            "expert_bias": self.expert_bias,
+            "num_groups": self.num_groups,
+            "topk_groups": self.topk_groups,
+            "renormalize": self.renormalize,
+            "scale": self.scale,
+        }
+        coefficients = self._coefficients(logits)
+        if not any(coefficients):
+            return *ops.topk_gate(logits, self.num_experts_per_token, **gate), {}
+        return topk_gate_with_losses(
+            logits,
+            self.num_experts_per_token,
+            coefficients,
+            loss_scale=self.loss_scale,
+            **gate,
+            **losses,
+        )
+
+    def _replay(self, logits: torch.Tensor, indices: torch.Tensor, losses: dict):
+        weights = self.replay_weights(logits, indices)
+        values = router_losses(
+            logits,
+            indices,
+            self._coefficients(logits),
+            score_function=self.score_function,
+            **losses,
+        )
+        if values:
+            weights = ops.inject_loss(weights, sum(values.values()) * self.loss_scale)
+        return weights, {name: value.detach() for name, value in values.items()}
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Unbiased scores ``[T,E]`` of logits ``[T,E]``: softmax over all experts, or sigmoid."""
         if self.score_function == "softmax":
             return torch.softmax(logits, dim=-1)
         return torch.sigmoid(logits)
-
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores that sum to 1 over the experts ``[T,E]``, as the balancing losses need them."""
-        scores = self.scores(logits)
-        if self.score_function == "softmax":
-            return scores
-        return scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
     def replay_weights(self, logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Gate weights ``[T,K]`` of given expert ids ``[T,K]``, by the rule of ``topk_gate``."""
@@ -201,35 +224,6 @@ class Router(nn.Module):
             x = x * torch.empty_like(x).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x, self.weight.to(dtype), bias)
-
-    def _losses(
-        self,
-        logits: torch.Tensor,
-        indices: torch.Tensor,
-        sequence_length: int | None,
-        token_mask: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor]:
-        if not self.training or logits.shape[0] == 0:
-            return {}
-        losses = {}
-        balanced = self.balance_coefficient > 0 or self.sequence_balance_coefficient > 0
-        probs = self.probabilities(logits) if balanced else None
-        if self.balance_coefficient > 0:
-            losses["balance"] = ops.load_balancing_loss(
-                probs, indices, coefficient=self.balance_coefficient, token_mask=token_mask
-            )
-        if self.sequence_balance_coefficient > 0:
-            if sequence_length is None:
-                raise ValueError(
-                    "sequence_length: got None, need the tokens per sequence because "
-                    "sequence_balance_coefficient > 0"
-                )
-            losses["sequence_balance"] = sequence_loss(
-                probs, indices, sequence_length, self.sequence_balance_coefficient, token_mask
-            )
-        if self.z_loss_coefficient > 0:
-            losses["z_loss"] = z_loss(logits, self.z_loss_coefficient, token_mask)
-        return losses
 
     def _check_input(
         self, x: torch.Tensor, token_mask: torch.Tensor | None, indices: torch.Tensor | None

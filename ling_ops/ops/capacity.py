@@ -121,7 +121,7 @@ class CapacityPolicy(nn.Module):
 
     def _running_factor(self) -> Tensor:
         """c of the running mode, 0-dim float on the window's device."""
-        past = torch.nanquantile(self.window, self.quantile) * (1 + self.margin)
+        past = torch.nanquantile(self.window.float(), self.quantile) * (1 + self.margin)
         past = torch.where(self.steps > 0, past, self.max_factor)
         return past.clamp(1.0, self.max_factor)
 

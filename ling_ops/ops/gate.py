@@ -38,7 +38,10 @@ class _TopkGate(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _check(logits, k, score_function, expert_bias, num_groups, topk_groups, scale) -> None:
+def check_gate(
+    logits, k, *, score_function, expert_bias, num_groups, topk_groups, renormalize, scale
+) -> None:
+    """Raise for arguments of `topk_gate` that don't fit together."""
     _checks.shape("logits", logits, (None, None), "[T, E]")
     _checks.dtype("logits", logits, _checks.FLOATS)
     experts = logits.shape[1]
@@ -62,7 +65,8 @@ def _check(logits, k, score_function, expert_bias, num_groups, topk_groups, scal
         _checks.same_device("expert_bias", expert_bias, "logits", logits)
 
 
-def _unsupported(logits: Tensor, k: int) -> str | None:
+def gate_unsupported(logits: Tensor, k: int) -> str | None:
+    """What the kernel can't do about these arguments, if anything."""
     if logits.dtype == torch.float64:
         return "logits are float64"
     if logits.shape[1] > MAX_KERNEL_EXPERTS or k > MAX_KERNEL_CHOICES:
@@ -110,36 +114,19 @@ def topk_gate(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
     """
-    weights, indices, _ = gate_with_counts(
+    check_gate(
         logits, k, score_function=score_function, expert_bias=expert_bias, num_groups=num_groups,
         topk_groups=topk_groups, renormalize=renormalize, scale=scale,
     )  # fmt: skip
-    return weights, indices
-
-
-def gate_with_counts(
-    logits: Tensor,
-    k: int,
-    *,
-    score_function: str = "softmax",
-    expert_bias: Tensor | None = None,
-    num_groups: int = 1,
-    topk_groups: int = 1,
-    renormalize: bool = True,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`topk_gate`, and the demand of each expert [E] int32 where a kernel has counted it."""
-    _check(logits, k, score_function, expert_bias, num_groups, topk_groups, scale)
-    if not use_kernel("topk_gate", logits, _unsupported(logits, k)):
-        weights, indices = reference.topk_gate(
+    if not use_kernel("topk_gate", logits, gate_unsupported(logits, k)):
+        return reference.topk_gate(
             logits, k, score_function=score_function, expert_bias=expert_bias,
             num_groups=num_groups, topk_groups=topk_groups, renormalize=renormalize, scale=scale,
         )  # fmt: skip
-        return weights, indices, None
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     bias = None if expert_bias is None else expert_bias.detach().float().contiguous()
     settings = (score_function == "sigmoid", num_groups, topk_groups, renormalize, float(scale))
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _TopkGate.apply(logits, bias, k, settings)
-    return torch.ops.ling_ops.topk_gate(logits, bias, k, *settings)
+        return _TopkGate.apply(logits, bias, k, settings)[:2]
+    return torch.ops.ling_ops.topk_gate(logits, bias, k, *settings)[:2]
