@@ -10,15 +10,23 @@ import argparse
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from ling_ops.cli.errors import CommandError, describe_os_error
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other failure."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ling-ops: error: {message} (see `{self.prog} --help`)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser of the `ling-ops` command, with all its subcommands."""
     from ling_ops.cli import generate, info, options
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ling-ops",
         description="Mixture-of-Experts operators and a small Ling model to train with them.",
     )

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: safetensors for tensors, JSON for the rest, no pickle.
 
     <run>/checkpoints/latest                      the name of the newest checkpoint folder
-    <run>/checkpoints/step-00000100/state.json    format, step, settings, and each file's SHA-256
+    <run>/checkpoints/step-00000100/state.json    format, step, settings, SHA-256 of all files
                                    /model.safetensors, /optimizer.safetensors, /rng.safetensors
 
 A checkpoint is written to a temporary folder beside its place, flushed to the disk, and renamed;
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +48,13 @@ def save_checkpoint(
     `tensors` maps a group name (one file each) to tensors by name; `state` must be JSON-able.
     Raises CommandError when the disk is full or refuses, leaving no partial checkpoint.
     """
-    final = root / f"step-{step:08d}"
+    final = _free_name(root, step)
     temporary = root / f"{_TEMPORARY}{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
         temporary.mkdir()
         _write_contents(temporary, {**state, "step": step}, tensors)
-        if final.exists():
-            _remove(root / f"{_TEMPORARY}old")
-            os.rename(final, root / f"{_TEMPORARY}old")
         os.rename(temporary, final)
         _sync_folder(root)
         write_atomically(root / LATEST, (final.name + "\n").encode())
@@ -64,6 +62,15 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise describe_os_error(error, f"the checkpoint of step {step} in {str(root)!r}") from error
     _prune(root, keep, final)
+    return final
+
+
+def _free_name(root: Path, step: int) -> Path:
+    """step-N, or step-N-2 and so on: a folder cannot be replaced in one move, so none ever is."""
+    final, copies = root / f"step-{step:08d}", 1
+    while final.exists():
+        copies += 1
+        final = root / f"step-{step:08d}-{copies}"
     return final
 
 
@@ -77,9 +84,14 @@ def _write_contents(folder: Path, state: dict, tensors: dict) -> None:
         files[f"{group}.safetensors"] = {
             "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
         }  # fmt: skip
-    header = {"format": FORMAT, "version": VERSION, "files": files}
-    write_file(folder / STATE, json.dumps({**header, **state}, indent=1).encode())
+    whole = {"format": FORMAT, "version": VERSION, "files": files, **state}
+    whole["sha256"] = _digest(whole)
+    write_file(folder / STATE, json.dumps(whole, indent=1).encode())
     _sync_folder(folder)
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -118,20 +130,32 @@ def _remove(folder: Path) -> None:
 
 
 def _prune(root: Path, keep: int, newest: Path) -> None:
-    steps = [folder for folder in _step_folders(root) if folder != newest]
+    """Remove all but `newest` and the keep - 1 before it, of each step the last one written."""
+    others = [folder for folder in _step_folders(root) if folder != newest]
+    last_of_step = {_order(folder)[0]: folder for folder in others}
+    last_of_step.pop(_order(newest)[0], None)
+    kept = list(last_of_step.values())[max(0, len(last_of_step) - (keep - 1)) :]
     # Renamed first: a folder that is half deleted must not look like a checkpoint.
-    for folder in steps[: max(0, len(steps) - (keep - 1))]:
-        doomed = root / f"{_TEMPORARY}{folder.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(folder, doomed)
+    for folder in others:
+        if folder not in kept:
+            doomed = root / f"{_TEMPORARY}{folder.name}"
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(folder, doomed)
     for leftover in root.glob(f"{_TEMPORARY}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _order(folder: Path) -> tuple[int, int]:
+    """(step, copy) of a step folder."""
+    _, step, *copy = folder.name.split("-")
+    return int(step), int(copy[0]) if copy else 1
+
+
 def _step_folders(root: Path) -> list[Path]:
-    found = [p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    pattern = re.compile(r"step-\d+(-\d+)?")
+    found = [p for p in root.glob("step-*") if p.is_dir() and pattern.fullmatch(p.name)]
+    return sorted(found, key=_order)
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -185,9 +209,8 @@ def load_checkpoint(folder: Path, *, groups: tuple[str, ...]) -> Checkpoint:
             f"{str(folder)!r} has checkpoint version {state.get('version')!r}; this ling-ops "
             f"reads version {VERSION}"
         )
-    for key, kind in (("step", int), ("settings", dict), ("model", dict), ("files", dict)):
-        if not isinstance(state.get(key), kind):
-            raise _damaged(folder, f"{STATE} lacks {key!r}")
+    if state.pop("sha256", None) != _digest(state):
+        raise _damaged(folder, f"{STATE} differs from its recorded SHA-256")
     return Checkpoint(folder, state, {g: _load_group(folder, state["files"], g) for g in groups})
 
 

@@ -32,7 +32,7 @@ class TextData:
 
 
 def stdlib_files() -> list[tuple[str, Path]]:
-    """(name, path) of the .py files of Python's standard library, sorted by name, tests left out."""
+    """(name, path) of the standard library's .py files, sorted by name, tests left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = _walk(root, SKIPPED_FOLDERS | STDLIB_SKIPPED, suffix=".py") if root.is_dir() else []
     if not files:

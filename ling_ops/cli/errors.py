@@ -28,8 +28,7 @@ def require_extra(command: str) -> None:
     missing = [name for name in EXTRAS[command] if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(
-            f"`ling-ops {command}` needs {', '.join(missing)}: "
-            'run `pip install "ling-ops[train]"`',
+            f'`ling-ops {command}` needs {", ".join(missing)}: run `pip install "ling-ops[train]"`',
             code=2,
         )
 

@@ -21,9 +21,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--prompt", default="", help="text to continue (default: a new text)")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
     parser.add_argument("--top-p", type=float, default=0.95, help="default: 0.95")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -47,7 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = pick_dtype(arguments.dtype, device)
     model = build_model(saved_config(found.state), device, dtype, found.tensors["model"]).eval()
     prompt = arguments.prompt.encode("utf-8", "surrogateescape") or bytes([END_OF_TEXT])
-    _check_length(model.config, len(prompt), arguments.max_new_tokens)
     printer = BytePrinter(sys.stdout)
     printer.text(arguments.prompt)
     started = time.monotonic()
@@ -75,15 +72,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise CommandError(message, code=2)
 
 
-def _check_length(config: Any, prompt: int, new: int) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and prompt + new > limit:
-        raise CommandError(
-            f"a prompt of {prompt} bytes and {new} new ones exceed the model's {limit} positions",
-            code=2,
-        )
-
-
 class BytePrinter:
     """Writes bytes as text as soon as they complete a character; a broken one shows as U+FFFD."""
 
@@ -100,8 +88,10 @@ class BytePrinter:
     def __call__(self, token: Any) -> None:
         """Take the next token: an int, or a tensor that holds one."""
         self.count += 1
-        if int(token) != END_OF_TEXT:
-            self.text(self._decoder.decode(bytes([int(token)])))
+        token = int(token)
+        if token != END_OF_TEXT:
+            # A vocabulary larger than the bytes has ids that no byte stands for.
+            self.text(self._decoder.decode(bytes([token if token < 256 else 0xFF])))
 
     def end(self) -> None:
         """Write what is left of a cut character, and a last newline."""

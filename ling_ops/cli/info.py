@@ -27,64 +27,47 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Versions, devices, and what `ling_ops.backend_info()` says."""
+    """`ling_ops.backend_info()`, with Python's version and the CPU beside it."""
     import torch
 
     import ling_ops
 
+    facts = dict(ling_ops.backend_info())
+    cpu = {"index": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()}
     return {
-        "versions": {
-            "ling_ops": getattr(ling_ops, "__version__", "unknown"),
-            "torch": torch.__version__,
-            "torch_cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        },
-        "devices": [f"cpu ({torch.get_num_threads()} threads)"] + _gpus(),
-        "backend": ling_ops.backend_info(),
+        "ling_ops": facts.pop("version"),
+        "python": platform.python_version(),
+        **facts,
+        "devices": [cpu, *facts["devices"]],
     }
 
 
-def _gpus() -> list[str]:
-    import torch
-
-    names = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        gpu = torch.cuda.get_device_properties(index)
-        names.append(
-            f"cuda:{index} {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-        )
-    return names
-
-
 def render(facts: dict[str, Any]) -> str:
-    """The facts as lines of text; a dict of dicts becomes a table."""
-    lines: list[str] = []
-    _render_into(lines, facts, "")
-    return "\n".join(lines)
-
-
-def _render_into(lines: list[str], value: dict[str, Any], indent: str) -> None:
-    plain = {k: v for k, v in value.items() if not isinstance(v, (dict, list, tuple))}
-    width = max((len(str(key)) for key in plain), default=0)
-    for key, item in plain.items():
-        lines.append(f"{indent}{key:<{width}}  {_word(item)}")
-    for key, item in value.items():
+    """The facts as text: plain ones first, then a block per dict, tables for rows of facts."""
+    plain = {key: value for key, value in facts.items() if not isinstance(value, (dict, list))}
+    blocks = [_pairs(plain)]
+    for key, value in facts.items():
         if key in plain:
             continue
-        lines.append(f"{indent}{key}")
-        if isinstance(item, (list, tuple)):
-            lines += [f"{indent}  {_word(part)}" for part in item] or [f"{indent}  none"]
-        elif item and all(isinstance(row, dict) for row in item.values()):
-            lines += [f"{indent}  {row}" for row in _table(item)]
+        if isinstance(value, list):
+            lines = _table(value)
+        elif value and all(isinstance(row, dict) for row in value.values()):
+            lines = _table([{"": name, **row} for name, row in value.items()])
         else:
-            _render_into(lines, item, indent + "  ")
+            lines = _pairs(value)
+        blocks.append([key] + ["  " + line for line in lines])
+    return "\n".join("\n".join(block) for block in blocks)
 
 
-def _table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    cells = [["", *columns]]
-    cells += [[name, *(_word(row.get(c, "")) for c in columns)] for name, row in rows.items()]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
+def _pairs(values: dict[str, Any]) -> list[str]:
+    width = max((len(key) for key in values), default=0)
+    return [f"{key:<{width}}  {_word(value)}" for key, value in values.items()]
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[_word(row[c]) if c in row else "" for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return [
         "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
@@ -98,4 +81,6 @@ def _word(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(_word(part) for part in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_word(part)}" for key, part in value.items())
     return str(value)

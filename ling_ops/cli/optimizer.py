@@ -79,9 +79,15 @@ class Optimizer:
                 tensors[f"{name}/master"] = master
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave; CommandError if it belongs to another model."""
+    def load_state_tensors(self, tensors: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave; CommandError if it belongs to another model.
+
+        weights: the checkpoint's parameters by name; they seed the master copies that it lacks
+        (a run in fp32 that goes on in bf16).
+        """
         with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(weights[name])
             for key, value in tensors.items():
                 name, _, kind = key.rpartition("/")
                 master = self.masters.get(name)

@@ -60,17 +60,23 @@ class TrainOptions:
     bias_rate: float | None = _option(
         None, "update rate of the loss-free expert bias (0: no bias)", group="losses", minimum=0.0
     )
-    model: dict[str, Any] = _option(
-        (), "any other field of LingConfig, as NAME=VALUE", group="model", nargs="+",
-        metavar="NAME=VALUE",
+    model: dict[str, Any] = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "help": "any other field of LingConfig", "group": "model", "nargs": "+",
+            "metavar": "NAME=VALUE",
+        },
     )  # fmt: skip
     # the run
-    data: list[str] = _option(
-        (), "text files or folders; default: the sources of Python's standard library",
-        group="run", nargs="+", metavar="PATH",
+    data: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "text files or folders; default: the sources of Python's standard library",
+            "group": "run", "nargs": "+", "metavar": "PATH",
+        },
     )  # fmt: skip
-    steps: int = _option(500, "optimizer steps in all", group="run", minimum=1)
-    batch_size: int = _option(16, "sequences per micro-batch", group="run", minimum=1)
+    steps: int = _option(400, "optimizer steps in all", group="run", minimum=1)
+    batch_size: int = _option(8, "sequences per micro-batch", group="run", minimum=1)
     sequence_length: int = _option(256, "bytes per sequence", group="run", minimum=2)
     accumulate: int = _option(1, "micro-batches per optimizer step", group="run", minimum=1)
     learning_rate: float = _option(3e-3, "peak learning rate", group="run", minimum=0.0)
@@ -88,7 +94,7 @@ class TrainOptions:
         choices=("auto", "fp32", "bf16"), group="run",
     )  # fmt: skip
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="run")
-    seed: int = _option(0, "seed of weights and data order", group="run", minimum=0)
+    seed: int = _option(0, "seed of weights and data order", group="run", minimum=0, maximum=2**32)
     # what it writes
     checkpoint_every: int = _option(
         100, "steps between checkpoints (0: only the last)", group="output", minimum=0
@@ -132,21 +138,24 @@ def _check_value(field: dataclasses.Field, value: Any) -> None:
     if value is None and "None" in kind:
         return
     if "dict" in kind:
-        if value != () and not isinstance(value, dict):
+        if not isinstance(value, dict):
             raise CommandError(f"{name} must be a table", code=2)
         return
     if "list" in kind:
-        if not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise CommandError(f"{name} must be a list of paths", code=2)
         return
+    wanted = kind.split(" ")[0]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = {"int": number and isinstance(value, int), "float": number, "str": isinstance(value, str)}
-    if not fits[kind.split(" ")[0]]:
-        raise CommandError(f"{name} must be {kind.split(' ')[0]}, not {value!r}", code=2)
+    whole = number and isinstance(value, int)
+    if not {"int": whole, "float": number, "str": isinstance(value, str)}[wanted]:
+        raise CommandError(f"{name} must be {wanted}, not {value!r}", code=2)
     if number and not math.isfinite(value):
         raise CommandError(f"{name} must be finite, not {value}", code=2)
     if "minimum" in meta and value < meta["minimum"]:
         raise CommandError(f"{name} must be at least {meta['minimum']}, not {value}", code=2)
+    if "maximum" in meta and value > meta["maximum"]:
+        raise CommandError(f"{name} must be at most {meta['maximum']}, not {value}", code=2)
     if "choices" in meta and value not in meta["choices"]:
         choices = ", ".join(meta["choices"])
         raise CommandError(f"{name} must be one of {choices}, not {value!r}", code=2)
@@ -231,9 +240,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     for name, field in FIELDS.items():
         title = field.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
-        default = "" if field.default in (None, ()) else f" (default: {field.default})"
-        extra = {k: v for k, v in field.metadata.items() if k in ("choices", "nargs", "metavar")}
+        known = field.default not in (None, dataclasses.MISSING)
+        default = f" (default: {field.default})" if known else ""
         kind = kinds.get(str(field.type).split(" ")[0], str)
+        extra = {k: v for k, v in field.metadata.items() if k in ("choices", "nargs", "metavar")}
+        if kind is not str:
+            extra["metavar"] = "N" if kind is int else "X"
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, help=field.metadata["help"] + default, **extra)
     output = groups["output"]
@@ -269,5 +281,4 @@ def merge(base: dict[str, Any], given: dict[str, Any], *, resuming: bool) -> Tra
     except TypeError as error:
         raise CommandError(f"the checkpoint's settings do not fit this version: {error}") from error
     options.check()
-    options.data, options.model = list(options.data), dict(options.model)
     return options

@@ -31,7 +31,7 @@ def draw_run(events: list[dict[str, Any]], path: Path, *, title: str) -> None:
         "axes.spines.top": False, "axes.spines.right": False,
     }  # fmt: skip
     with plt.rc_context(style):
-        figure = plt.figure(figsize=(11, 4.2 + 2.1 * rows), layout="constrained")
+        figure = plt.figure(figsize=(12.5, 4.2 + 2.4 * rows), layout="constrained")
         grid = figure.add_gridspec(1 + rows, columns, height_ratios=[2.0] + [1.0] * rows)
         figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
         _draw_loss(figure.add_subplot(grid[0, :]), events)
@@ -62,10 +62,17 @@ def _draw_loss(axes: Any, events: list[dict[str, Any]]) -> None:
             ha="right", color=VALID, fontweight="bold",
         )  # fmt: skip
     top = max([value for _, value in train[:1]] + [e["order0_bits_per_byte"] for e in valid] + [1])
-    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, None), ylim=(0, 1.05 * min(top, 12)))
+    axes.set(
+        xlabel="step",
+        ylabel="bits per byte",
+        xlim=(0, max((e["step"] for e in events), default=1)),
+        ylim=(0, 1.05 * min(top, 12)),
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="upper right")
+    if train or valid:
+        axes.legend(frameon=False, loc="upper right")
 
 
 def _draw_heat_maps(figure: Any, grid: Any, train: list, layers: list[int], columns: int) -> None:
@@ -84,14 +91,14 @@ def _draw_heat_maps(figure: Any, grid: Any, train: list, layers: list[int], colu
         )
         drops = sum(event["layers"][place]["drop_rate"] for event in train) / len(train)
         axes.set_title(
-            f"layer {layer}   MaxVio {train[-1]['layers'][place]['max_vio']:.2f}"
-            f"   dropped {drops:.1%}", loc="left",
+            f"layer {layer}: MaxVio {train[-1]['layers'][place]['max_vio']:.2f} at the end, "
+            f"{drops:.1%} dropped", loc="left",
         )  # fmt: skip
         if place % columns == 0:
             axes.set_ylabel("expert")
         if place + columns >= len(layers):
             axes.set_xlabel("step")
         every.append(axes)
-    bar = figure.colorbar(mesh, ax=every, aspect=30, shrink=0.8, extend="max", pad=0.01)
-    bar.set_label("load / fair share")
+    bar = figure.colorbar(mesh, ax=every, aspect=18, extend="max", extendfrac=0.07, pad=0.01)
+    bar.set_label("utilisation / fair share")
     bar.set_ticks([0, 0.5, 1, 1.5, 2])

@@ -19,7 +19,7 @@ def clock(seconds: float) -> str:
 
 
 def relative_load(utilization: list[float]) -> list[float]:
-    """Each expert's load over the fair share: 1.0 everywhere is perfect balance."""
+    """Each expert's utilisation over the fair share: 1.0 everywhere is perfect balance."""
     total = sum(utilization)
     return [u * len(utilization) / total if total else 0.0 for u in utilization]
 
@@ -84,9 +84,8 @@ def _summary(event: dict[str, Any]) -> str:
         loads = [load for layer in layers for load in relative_load(layer["utilization"])]
         worst = max(layer["max_vio"] for layer in layers)
         drops = sum(layer["drop_rate"] for layer in layers) / len(layers)
-        text += (
-            f"  MaxVio {worst:.2f}  load {min(loads):.2f}-{max(loads):.2f}  dropped {drops:.1%}"
-        )
+        text += f"  MaxVio {worst:.2f}  utilisation {min(loads):.2f}-{max(loads):.2f}"
+        text += f"  dropped {drops:.1%}"
     return text
 
 
@@ -169,12 +168,13 @@ class LiveProgress:
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, padding=(0, 2))
-        for title in ("MoE layer", "MaxVio", "load min-max", "dropped", "load per expert"):
+        for title in ("MoE layer", "MaxVio", "utilisation", "dropped", "per expert"):
             table.add_column(title, justify="left" if "expert" in title else "right")
         for layer in self._event["layers"]:
             loads = relative_load(layer["utilization"])
             table.add_row(
-                str(layer["layer"]), f"{layer['max_vio']:.2f}", f"{min(loads):.2f}-{max(loads):.2f}",
+                str(layer["layer"]), f"{layer['max_vio']:.2f}",
+                f"{min(loads):.2f}-{max(loads):.2f}",
                 f"{layer['drop_rate']:.1%}", load_bars(layer["utilization"]),
             )  # fmt: skip
         return table

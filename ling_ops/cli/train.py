@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _run(arguments: argparse.Namespace, stop: Any) -> int:
     if found:
         trainer.restore(found)
     progress = open_progress(options.steps)
-    _introduce(print, trainer, text, dtype, found)
+    _introduce(trainer, text, dtype, found)
     with _writing(output), contextlib.ExitStack() as stack:
         output.mkdir(parents=True, exist_ok=True)
         metrics = MetricsWriter(output, after_step=trainer.step)
@@ -74,6 +75,8 @@ def _run(arguments: argparse.Namespace, stop: Any) -> int:
 def _writing(output: Path):
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise describe_os_error(error, f"writing to {str(output)!r}") from error
 
@@ -112,28 +115,31 @@ def _output_folder(
     return output
 
 
-def _introduce(
-    say: Any, trainer: Any, text: TextData, dtype: torch.dtype, found: Any
-) -> None:
+def _introduce(trainer: Any, text: TextData, dtype: torch.dtype, found: Any) -> None:
     count = trainer.model.count_parameters()
     config = trainer.model.config
-    say(
+    print(
         f"model: {trainer.options.preset}, {count.total:,} parameters, {count.active:,} active per "
         f"byte; {config.num_layers} layers, MoE in {_ranges(trainer.model)}"
     )
-    say(
+    print(
         f"text: {text.files} files of {text.description}, {text.train.numel():,} bytes to train "
         f"on, {text.validation.numel():,} held out ({text.split})"
     )
-    say(f"baseline: {trainer.baseline:.3f} bits/byte (order-0 entropy of the validation bytes)")
-    say(
+    print(f"baseline: {trainer.baseline:.3f} bits/byte (order-0 entropy of the validation bytes)")
+    print(
         f"run: {trainer.options.steps} steps on {trainer.device} in "
-        f"{str(dtype).removeprefix('torch.')}, into {trainer.output}"
+        f"{str(dtype).removeprefix('torch.')}, into {trainer.output}",
+        flush=True,
     )
     if found:
-        say(f"resumed from {found.folder} at step {trainer.step}")
+        print(f"resumed from {found.folder} at step {trainer.step}", flush=True)
         if found.state.get("data") != text.fingerprint:
-            say("warning: the data differ from the checkpoint's, so this is not the same run")
+            print(
+                "ling-ops: warning: the data differ from the checkpoint's: this continues the "
+                "model, not the same run",
+                file=sys.stderr,
+            )
 
 
 def _ranges(model: Any) -> str:
@@ -153,11 +159,13 @@ def _conclude(trainer: Any, stop: Any, seconds: float) -> int:
     from ling_ops.cli.progress import clock
 
     picture = trainer.output / "training.png"
+    reached = f"{trainer.options.preset} after {trainer.step} steps"
+    if trainer.last_validation is not None:
+        reached += (
+            f": {trainer.last_validation['bits_per_byte']:.2f} bits per byte of held-out text"
+        )
     with _writing(trainer.output):
-        draw_run(
-            read_metrics(trainer.output / "metrics.jsonl"), picture,
-            title=f"ling-ops train: {trainer.options.preset}",
-        )  # fmt: skip
+        draw_run(read_metrics(trainer.output / "metrics.jsonl"), picture, title=reached)
     print(f"wrote {picture}, metrics.jsonl, tensorboard/ and checkpoints/ in {trainer.output}")
     if stop.signal is not None:
         print(

@@ -18,7 +18,7 @@ from ling_ops.cli.metrics import MetricsWriter, layer_metrics
 from ling_ops.cli.optimizer import Optimizer, learning_rate_at
 from ling_ops.cli.options import TrainOptions
 from ling_ops.cli.progress import Eta
-from ling_ops.nn import set_router_loss_scale
+from ling_ops.nn import accumulate_expert_counts, set_router_loss_scale
 
 NATS_PER_BIT = math.log(2)
 
@@ -76,8 +76,9 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint whose model tensors are already loaded."""
-        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
-        rng = checkpoint.tensors["rng"]
+        tensors = checkpoint.tensors
+        self.optimizer.load_state_tensors(tensors["optimizer"], tensors["model"])
+        rng = tensors["rng"]
         try:
             torch.set_rng_state(rng["cpu"])
             if self.device.type == "cuda" and "cuda" in rng:
@@ -164,6 +165,7 @@ class Trainer:
             batch = self.order.batch_at(self.step * self.options.accumulate + part)
             loss = self._loss(batch)
             (loss / self.options.accumulate).backward()
+            accumulate_expert_counts(self.model)
             total += loss.detach().double() / self.options.accumulate
         self._last_loss, self._last_norm = total, self.optimizer.step(rate, self.options.clip)
         self.model.update_expert_biases()
