@@ -43,6 +43,7 @@ settings.load_profile(os.environ.get("LING_OPS_HYPOTHESIS", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "xdist_group(name): one worker (pytest-xdist, loadgroup)")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

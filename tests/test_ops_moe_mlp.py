@@ -14,6 +14,8 @@ from tolerances import assert_bitwise, assert_within, truth, truth64, upcast
 
 from ling_ops import fused_experts, moe_mlp, route
 
+# What is kept in the low precision on the way: h, a, y, and then the gradients of y, a, h.
+FORWARD_ROUNDINGS, BACKWARD_ROUNDINGS = 3, 6
 LEAVES = ("x", "gate_up", "down", "weights")
 FORMULAS = {
     "swiglu": lambda g, u: F.silu(g) * u,
@@ -60,7 +62,7 @@ def dense(case: MlpCase) -> torch.Tensor:
 def test_equals_the_dense_mixture(
     device: torch.device, activation: str, bias: bool, style: str
 ) -> None:
-    limit = 0.5 if activation == "clamped" else None
+    limit = 0.2 if activation == "clamped" else None  # below the minimum of silu, -0.28
     name = "swiglu" if activation == "clamped" else activation
     case = make_mlp(19, 6, 5, 4, 2, activation=name, bias=bias, limit=limit, style=style)
     case = case.to(device)
@@ -76,7 +78,14 @@ def test_accuracy_against_float64(device: torch.device, case: MlpCase) -> None:
     # fp32 rounding of the sums, as large as the terms: at worst all of a token's terms add up.
     size = exact.abs().max() if exact.numel() else 0.0
     length = case.x.shape[1] + case.down.shape[2]
-    assert_within(out, exact, naive=truth(run, case), magnitude=size, length=length)
+    assert_within(
+        out,
+        exact,
+        naive=truth(run, case),
+        magnitude=size,
+        length=length,
+        roundings=FORWARD_ROUNDINGS,
+    )
 
 
 def widen(case: MlpCase) -> MlpCase:
@@ -111,6 +120,7 @@ def test_gradients_against_float64(device: torch.device, case: MlpCase) -> None:
             naive=naive[name],
             magnitude=size,
             length=length,
+            roundings=BACKWARD_ROUNDINGS,
             name=f"gradient of {name}",
         )
     idle = route(case.indices, len(case.down)).expert_counts == 0

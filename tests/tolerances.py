@@ -12,6 +12,9 @@ rounded) inputs.  An element may be off by at most the larger of
 2. one rounding of the result to its dtype plus what fp32 accumulation of ``length`` terms can
    lose: ``u(dtype) |truth| + length u(fp32) sum |a_i b_i|``.  The second term is the standard
    bound of recursive summation; ``magnitude`` is ``sum |a_i b_i|`` computed in float64.
+3. for an op composed of several products, ``roundings`` roundings on the scale of the largest
+   element: its intermediates (h, a, y, and their gradients) are kept in the dtype too.  Large
+   tensors are ruled by 1; in small ones the naive error is too small a sample.
 
 ``u`` is the unit roundoff, half the spacing of the dtype at 1: 2^-8 for bf16, 2^-11 for fp16,
 2^-24 for fp32.  Scores (exp, division) lose a few more units in fp32: ``SCORE_ULPS``.
@@ -68,6 +71,7 @@ def assert_within(
     naive: torch.Tensor | None = None,
     magnitude: torch.Tensor | float = 0.0,
     length: int = 1,
+    roundings: int = 0,
     name: str = "result",
 ) -> None:
     """Check ``actual`` against float64 ``exact`` by the module's rule."""
@@ -82,6 +86,8 @@ def assert_within(
     bound = unit_roundoff(actual.dtype) * exact.abs()
     bound = bound + length * unit_roundoff(torch.float32) * magnitude
     bound = bound + torch.finfo(actual.dtype).tiny  # the last rounding may be to a subnormal
+    if finite.any():
+        bound = bound.clamp(min=roundings * unit_roundoff(actual.dtype) * exact[finite].abs().max())
     if naive is not None:
         error = (naive.detach().double() - exact)[finite].abs()
         bound = bound.clamp(min=NAIVE_FACTOR * error.max().item() if error.numel() else 0.0)

@@ -1,0 +1,57 @@
+"""Inference of one layer given weights and ids: graph replays for decode, eager from T = 512 on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from harness import Case, main, normal, uniform, uniform_ids
+from peers import torch_experts, transformers_experts
+from shapes import INFERENCE, Layer, forward_floor
+
+import ling_ops
+
+DECODE = (1, 4, 16, 64)
+PREFILL = (512, 2048, 8192, 32768)
+ROTATIONS = 8
+
+
+def token_cases(layer: Layer, gate_up: torch.Tensor, down: torch.Tensor) -> Iterator[Case]:
+    theirs = transformers_experts(gate_up, down)
+    for tokens in DECODE + PREFILL:
+        sized = layer._replace(T=tokens)
+        turns = ROTATIONS if tokens in DECODE else 2
+        x = [normal(tokens, layer.H) for _ in range(turns)]
+        ids = [uniform_ids(tokens, layer.K, layer.E) for _ in range(turns)]
+        weights = uniform(tokens, layer.K)
+        used = sum(len(i.unique()) for i in ids) // turns
+        providers = {
+            "ling_ops": lambda i, x=x, w=weights, ids=ids: ling_ops.moe_mlp(
+                x[i], gate_up, down, w, ids[i]
+            ),
+            "torch": lambda i, x=x, w=weights, ids=ids: torch_experts(
+                x[i], gate_up, down, w, ids[i]
+            ),
+        }
+        if theirs is not None:
+            providers["transformers"] = lambda i, x=x, w=weights, ids=ids: theirs(
+                x[i], w.to(x[i].dtype), ids[i].long()
+            )
+        floor_ms = forward_floor(sized, used, training=False)
+        graph = tokens in DECODE
+        yield Case(
+            "moe_infer", "fwd", sized._asdict(), "bfloat16", floor_ms, providers, graph, turns
+        )
+
+
+def cases() -> Iterator[Case]:
+    for layer in INFERENCE:
+        gate_up = normal(layer.E, 2 * layer.I, layer.H, scale=layer.H**-0.5)
+        down = normal(layer.E, layer.H, layer.I, scale=layer.I**-0.5)
+        yield from token_cases(layer, gate_up, down)
+        del gate_up, down
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(__doc__, cases, 0.35, ("moe_infer",))
