@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kMaxThreads) permute_by_token_kernel(const Per
 #pragma unroll 8
     for (int k = 0; k < p.choices; ++k) {
       const uint32_t row = targets[k];
-      if (row < p.pairs) row_of<T, N>(p.rows, row, columns)[c] = value;
+      if (row < p.pairs) store_streaming(row_of<T, N>(p.rows, row, columns) + c, value);
     }
   }
   zero_rows<T, N>(p.rows, *p.num_rows, p.pairs, columns);

@@ -1,22 +1,30 @@
-// Gate forward: one kernel for scores, bias, group limits, selection, weights and the histogram.
+// Gate forward: one kernel for scores, bias, group limits, selection, weights and the histogram. Few
+// tokens make one cluster of blocks, which adds up its histograms; else a kernel that zeroes the counts
+// runs in front, and the two overlap.
 #include "ling/gate.h"
+
+#include <cooperative_groups.h>
 
 #include <algorithm>
 
 #include "dispatch.cuh"
+#include "ling/launch.h"
 #include "select.cuh"
 
 namespace ling {
 namespace gate {
 namespace {
 
-constexpr int kMaxWarps = 16;
-constexpr int kWarps = 8;
-// What registers allow for the widest rows.
-template <bool kScored>
-constexpr int kBlocksPerSm = kScored ? 2 : 3;
+constexpr int kWarps = 8;          // of a block, at most
 constexpr int kMostChunks = 8;
+constexpr int kSmallTokens = 64;   // up to here latency counts: a token is spread over more lanes
+constexpr int kSmallChunks = 2;
+constexpr int kMaxCluster = 8;     // blocks
 constexpr size_t kSharedLimit = 48 * 1024;
+
+// Blocks that a multiprocessor should hold: what registers allow without spills.
+template <int C, bool kScored>
+constexpr int kBlocksPerSm = C <= 4 ? 4 : kScored ? 3 : 4;
 
 template <int L>
 constexpr int kSurvivorSlots = kSurvivors<L> + 2;
@@ -65,10 +73,20 @@ __device__ Softmax score_row(float (&x)[4 * C], const GateParams& p, bool vector
     softmax = softmax_row<L>(x, x);
   }
   if (p.expert_bias != nullptr) {
-    float bias[4 * C];
-    load_row<L, C>(bias, p.expert_bias, DType::kFloat32, 0, p.experts, vector_bias, 0.0f, lane);
 #pragma unroll
-    for (int v = 0; v < 4 * C; ++v) x[v] += bias[v];
+    for (int c = 0; c < C; ++c) {
+      const int e = 4 * (c * L + lane);
+      if (vector_bias && e < p.experts) {
+        const float4 four = load_four(p.expert_bias, DType::kFloat32, e);
+        x[4 * c] += four.x;
+        x[4 * c + 1] += four.y;
+        x[4 * c + 2] += four.z;
+        x[4 * c + 3] += four.w;
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[4 * c + j] += e + j < p.experts ? p.expert_bias[e + j] : 0.0f;
+      }
+    }
   }
   if (p.experts < 4 * C * L) {
 #pragma unroll
@@ -79,9 +97,41 @@ __device__ Softmax score_row(float (&x)[4 * C], const GateParams& p, bool vector
   return softmax;
 }
 
+// Demand of all blocks from the histograms of each. In a cluster a block sums every cluster-th expert;
+// otherwise the counts start at zero, set by the kernel in front.
+template <bool kCluster>
+__device__ void add_up(const GateParams& p, int* histogram) {
+  if constexpr (kCluster) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const auto cluster = cooperative_groups::this_cluster();
+    const int blocks = gridDim.x;
+    cluster.sync();
+    for (int e = threadIdx.x * blocks + blockIdx.x; e < p.experts; e += blockDim.x * blocks) {
+      int sum = 0;
+      for (int block = 0; block < blocks; ++block) sum += *cluster.map_shared_rank(histogram + e, block);
+      p.expert_counts[e] = sum;
+    }
+    cluster.sync();
+#endif
+  } else {
+    __syncthreads();
+    wait_for_previous();
+    for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
+      const int count = histogram[e];
+      if (count != 0) atomicAdd(p.expert_counts + e, count);
+    }
+  }
+}
+
+__global__ void zero_counts_kernel(int32_t* counts, const int experts) {
+  allow_next();
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) counts[e] = 0;
+}
+
 // kScored: keys are scores (+ bias), possibly limited to groups; otherwise the logits themselves.
-template <int L, int C, bool kScored>
-__global__ void __launch_bounds__(kMaxWarps * 32, 1)
+// kCluster: the grid is one cluster.
+template <int L, int C, bool kScored, bool kCluster>
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm<C, kScored>)
 gate_kernel(const GateParams p, const bool vector, const bool vector_bias) {
   constexpr int kTokens = 32 / L;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -132,6 +182,7 @@ gate_kernel(const GateParams p, const bool vector, const bool vector_bias) {
       const float best = __shfl_sync(kWarp, logit, 0, L);
       const float largest = has_nan ? NAN : best;
       const float numerator = active ? expf(logit - largest) : 0.0f;
+      if (!renormalize) load_shared<L, C>(x, scratch.row, lane);
       weight = numerator / (renormalize ? group_sum<L>(numerator) : exp_sum<L>(x, largest));
     }
     if (valid && active) {
@@ -142,36 +193,34 @@ gate_kernel(const GateParams p, const bool vector, const bool vector_bias) {
     __syncwarp();
   }
 
-  __syncthreads();
-  for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
-    const int count = histogram[e];
-    if (gridDim.x == 1) {
-      p.expert_counts[e] = count;
-    } else if (count != 0) {
-      atomicAdd(p.expert_counts + e, count);
-    }
-  }
+  add_up<kCluster>(p, histogram);
 }
 
 template <int L, int C, bool kScored>
 void launch(const GateParams& p, cudaStream_t stream) {
   constexpr int kTokens = 32 / L;
   const int group_slots = kScored && p.topk_groups < p.num_groups ? round_up(p.num_groups, 2) : 0;
-  const bool small = p.tokens <= kMaxWarps * kTokens;
-  int warps = small ? static_cast<int>(ceil_div<int64_t>(p.tokens, kTokens)) : kWarps;
-  const auto bytes = [&] { return histogram_bytes(p.experts) + warps * warp_bytes<L, C>(group_slots); };
-  while (bytes() > kSharedLimit && warps > 1) warps = ceil_div(warps, 2);
-  require(bytes() <= kSharedLimit, "gate: too many groups");
-
-  const int64_t wanted = ceil_div<int64_t>(p.tokens, kTokens * warps);
-  const int blocks = small ? 1 : static_cast<int>(std::min<int64_t>(wanted, sm_count() * kBlocksPerSm<kScored> * kWarps / warps));
-  if (blocks > 1) {
-    check(cudaMemsetAsync(p.expert_counts, 0, p.experts * sizeof(int32_t), stream), "gate: memset");
-  }
+  const auto bytes = [&](int warps) { return histogram_bytes(p.experts) + warps * warp_bytes<L, C>(group_slots); };
+  int warps = kWarps;
+  while (bytes(warps) > kSharedLimit && warps > 1) warps /= 2;
+  require(bytes(warps) <= kSharedLimit, "gate: too many groups");
   const bool vector = rows_of_four(p.logits, p.dtype, p.row_stride, p.experts);
   const bool vector_bias = rows_of_four(p.expert_bias, DType::kFloat32, 0, p.experts);
-  gate_kernel<L, C, kScored><<<blocks, warps * 32, bytes(), stream>>>(p, vector, vector_bias);
-  check_launch("gate");
+  const int64_t wanted = ceil_div<int64_t>(p.tokens, kTokens * warps);
+
+  if constexpr (C <= kSmallChunks) {
+    if (wanted <= kMaxCluster && has_sm90_code<gate_kernel<L, C, kScored, true>>()) {
+      const unsigned blocks = wanted <= 1 ? 1 : wanted <= 2 ? 2 : wanted <= 4 ? 4 : 8;
+      const LaunchShape shape = {blocks, static_cast<unsigned>(warps * 32), bytes(warps), blocks};
+      launch_kernel<gate_kernel<L, C, kScored, true>>("gate", shape, stream, p, vector, vector_bias);
+      return;
+    }
+  }
+  launch_kernel<zero_counts_kernel>("gate: zero", {1, 256}, stream, p.expert_counts, p.experts);
+  const int most = sm_count() * kBlocksPerSm<C, kScored> * kWarps / warps;
+  const LaunchShape shape = {static_cast<unsigned>(std::min<int64_t>(wanted, most)), static_cast<unsigned>(warps * 32),
+                             bytes(warps), 1, true};
+  launch_kernel<gate_kernel<L, C, kScored, false>>("gate", shape, stream, p, vector, vector_bias);
 }
 
 }  // namespace
@@ -188,7 +237,8 @@ void launch_gate(const GateParams& p, cudaStream_t stream) {
     return;
   }
   const bool scored = p.sigmoid || p.expert_bias != nullptr || p.num_groups > 1;
-  gate::dispatch_layout(p.experts, p.choices, gate::kMostChunks, [&]<typename Shape>(Shape) {
+  const int most_chunks = p.tokens <= gate::kSmallTokens ? gate::kSmallChunks : gate::kMostChunks;
+  gate::dispatch_layout(p.experts, p.choices, most_chunks, [&]<typename Shape>(Shape) {
     if (scored) {
       gate::launch<Shape::kLanes, Shape::kChunks, true>(p, stream);
     } else {

@@ -13,43 +13,51 @@ namespace gate {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kMostChunks = 2;
+constexpr int kMostChunks = 4;
 
-// d loss / d q of the expert that lane k < K chose, and the sum over choices of that times q.
-struct ChosenGradient {
+// What lane k < K knows of the expert that it stands for.
+struct Choice {
   int expert;  // -1: none
+  float logit;
+  float upstream;
+};
+
+__device__ inline Choice load_choice(const GateBackwardParams& p, int64_t token, int lane) {
+  Choice choice = {-1, 0.0f, 0.0f};
+  if (lane >= p.choices) return choice;
+  const int id = p.indices[token * p.choices + lane];
+  if (static_cast<unsigned>(id) < static_cast<unsigned>(p.experts)) {
+    choice.expert = id;
+    choice.logit = load_scalar(p.logits, p.dtype, token * p.row_stride + id);
+    choice.upstream = p.grad_weights[token * p.grad_token_stride + lane * p.grad_choice_stride];
+  }
+  return choice;
+}
+
+// d loss / d q of the lane's choice, and the sum over choices of that times q.
+struct Slope {
   float slope;
   float dot;
 };
 
 template <int L>
-__device__ ChosenGradient chosen_gradient(const GateBackwardParams& p, int64_t token, const Softmax& softmax, int lane) {
-  ChosenGradient chosen = {-1, 0.0f, 0.0f};
+__device__ Slope slope_of(const GateBackwardParams& p, const Choice& choice, const Softmax& softmax) {
   float score = 0.0f;
-  float upstream = 0.0f;
-  if (lane < p.choices) {
-    const int id = p.indices[token * p.choices + lane];
-    if (static_cast<unsigned>(id) < static_cast<unsigned>(p.experts)) {
-      chosen.expert = id;
-      const float logit = load_scalar(p.logits, p.dtype, token * p.row_stride + id);
-      score = p.sigmoid ? sigmoid_one(logit) : softmax_one(logit, softmax);
-      upstream = p.grad_weights[token * p.grad_token_stride + lane * p.grad_choice_stride];
-    }
-  }
-  float slope = p.scale * upstream;
+  if (choice.expert >= 0) score = p.sigmoid ? sigmoid_one(choice.logit) : softmax_one(choice.logit, softmax);
+  float own = p.scale * choice.upstream;
   if (p.renormalize && p.choices > 1) {
     const float denominator = group_sum<L>(score) + kRenormalizeEpsilon;
-    slope = p.scale * (upstream - group_sum<L>(upstream * score) / denominator) / denominator;
-    if (chosen.expert < 0) slope = 0.0f;
+    own = p.scale * (choice.upstream - group_sum<L>(choice.upstream * score) / denominator) / denominator;
+    if (choice.expert < 0) own = 0.0f;
   }
-  chosen.dot = group_sum<L>(slope * score);
+  Slope result = {0.0f, group_sum<L>(own * score)};
   // An expert that was chosen twice gets both slopes.
   for (int k = 0; k < p.choices; ++k) {
-    const int other = __shfl_sync(kWarp, chosen.expert, k, L);
-    const float other_slope = __shfl_sync(kWarp, slope, k, L);
-    if (other == chosen.expert) chosen.slope += other_slope;
+    const int other = __shfl_sync(kWarp, choice.expert, k, L);
+    const float other_slope = __shfl_sync(kWarp, own, k, L);
+    if (other == choice.expert) result.slope += other_slope;
   }
-  return chosen;
+  return result;
 }
 
 template <int L, int C>
@@ -90,8 +98,32 @@ struct Vectors {
   bool grad;
 };
 
+template <int L, int N>
+__device__ void mask_pads(float (&x)[N], int experts, int lane) {
+  if (experts == L * N) return;
+#pragma unroll
+  for (int v = 0; v < N; ++v) x[v] = expert_of<L>(lane, v) < experts ? x[v] : 0.0f;
+}
+
+// Copies the token's row g of balance to shared memory, zeros for a masked token; returns sum g q.
 template <int L, int C>
-__global__ void __launch_bounds__(kWarps * 32, 1)
+__device__ float load_balance(const GateBackwardParams& p, const float (&q)[4 * C], int64_t token, bool live,
+                              bool vector, float* row, int lane) {
+  const int64_t sequence = min(token / p.sequence_length, p.sequences - 1);
+  float balance[4 * C];
+  load_row<L, C>(balance, p.balance, DType::kFloat32, sequence * p.experts, p.experts, vector, 0.0f, lane);
+  float dot = 0.0f;
+#pragma unroll
+  for (int v = 0; v < 4 * C; ++v) {
+    if (!live) balance[v] = 0.0f;
+    dot = fmaf(balance[v], q[v], dot);
+  }
+  store_shared<L, C>(balance, row, lane);
+  return group_sum<L>(dot);
+}
+
+template <int L, int C>
+__global__ void __launch_bounds__(kWarps * 32, C <= 4 ? 3 : 2)
 gate_backward_kernel(const GateBackwardParams p, const Vectors vectors) {
   constexpr int V = 4 * C;
   constexpr int kTokens = 32 / L;
@@ -102,71 +134,64 @@ gate_backward_kernel(const GateBackwardParams p, const Vectors vectors) {
   const int64_t token = valid ? place : p.tokens - 1;
   float* row = rows + threadIdx.x / L * L * V;
   const bool live = p.token_mask == nullptr || p.token_mask[token];
-
-  float x[V];  // softmax: p; sigmoid: first the logits, then s
-  load_row<L, C>(x, p.logits, p.dtype, token * p.row_stride, p.experts, vectors.logits, -INFINITY, lane);
-  float extra[V];  // z lse softmax of sigmoid gates
   const float z_scale = p.z_scale != nullptr && live ? *p.z_scale : 0.0f;
-  Softmax softmax = {};
+  const Choice choice = load_choice(p, token, lane);
+
+  // Scores q: p or s; and z lse softmax, which sigmoid gates add at the end.
+  float q[V];
+  load_row<L, C>(q, p.logits, p.dtype, token * p.row_stride, p.experts, vectors.logits, -INFINITY, lane);
+  float extra[V] = {};
   float z_slope = 0.0f;
-  if (p.sigmoid) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) extra[v] = 0.0f;
+  Softmax softmax = {};
+  if (!p.sigmoid) {
+    softmax = softmax_row<L>(q, q);
+    if (z_scale != 0.0f) z_slope = z_scale * (softmax.largest + logf(softmax.sum));
+  } else {
     if (p.z_scale != nullptr) {
-      softmax = softmax_row<L>(x, extra);
+      softmax = softmax_row<L>(q, extra);
       z_slope = z_scale * (softmax.largest + logf(softmax.sum));
 #pragma unroll
       for (int v = 0; v < V; ++v) extra[v] = live ? extra[v] * z_slope : 0.0f;
     }
-    if (p.experts < L * V) {
+    mask_pads<L>(q, p.experts, lane);
+    sigmoid(q);
+    mask_pads<L>(q, p.experts, lane);
+  }
+
+  // Shared memory holds g, and at chosen experts g + a / factor; factor is 1 / S for sigmoid gates.
+  float offset = 0.0f;
+  float inverse = 1.0f;
+  if (p.balance != nullptr) {
+    offset = -load_balance<L, C>(p, q, token, live, vectors.balance, row, lane);
+    if (p.sigmoid) {
+      float sum = 0.0f;
 #pragma unroll
-      for (int v = 0; v < V; ++v) x[v] = expert_of<L>(lane, v) < p.experts ? x[v] : 0.0f;
-    }
-    sigmoid(x);
-    if (p.experts < L * V) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) x[v] = expert_of<L>(lane, v) < p.experts ? x[v] : 0.0f;
+      for (int v = 0; v < V; ++v) sum += q[v];
+      sum = group_sum<L>(sum) + kRenormalizeEpsilon;
+      if (live) inverse = sum;
     }
   } else {
-    softmax = softmax_row<L>(x, x);
-    if (p.z_scale != nullptr && live) z_slope = z_scale * (softmax.largest + logf(softmax.sum));
+    const float zeros[V] = {};
+    store_shared<L, C>(zeros, row, lane);
   }
+  const float factor = 1.0f / inverse;
+  offset *= factor;
+  const Slope chosen = slope_of<L>(p, choice, softmax);
+  if (!p.sigmoid) offset += z_slope - chosen.dot;
+  __syncwarp();
+  const float start = choice.expert >= 0 ? row[choice.expert] : 0.0f;
+  __syncwarp();  // two lanes may stand for one expert
+  if (choice.expert >= 0) row[choice.expert] = fmaf(chosen.slope, inverse, start);
+  __syncwarp();
 
-  // The chosen experts' slopes, spread over the row through shared memory.
-  const float zero[V] = {};
-  store_shared<L, C>(zero, row, lane);
-  const ChosenGradient chosen = chosen_gradient<L>(p, token, softmax, lane);
-  __syncwarp();
-  if (chosen.expert >= 0) row[chosen.expert] = chosen.slope;
-  __syncwarp();
   float slope[V];
   load_shared<L, C>(slope, row, lane);
-
-  float offset = p.sigmoid ? 0.0f : z_slope - chosen.dot;
-  if (p.balance != nullptr) {
-    const int64_t sequence = min(token / p.sequence_length, p.sequences - 1);
-    float balance[V];
-    load_row<L, C>(balance, p.balance, DType::kFloat32, sequence * p.experts, p.experts, vectors.balance, 0.0f, lane);
-    float dot = 0.0f;
-    float sum = 0.0f;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      dot = fmaf(balance[v], x[v], dot);
-      sum += x[v];
-    }
-    dot = group_sum<L>(dot);
-    const float factor = p.sigmoid ? 1.0f / (group_sum<L>(sum) + kRenormalizeEpsilon) : 1.0f;
-    dot *= factor;
-    if (live) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) slope[v] = fmaf(balance[v] - dot, factor, slope[v]);
-    }
-  }
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    x[v] = p.sigmoid ? fmaf(x[v] * (1.0f - x[v]), slope[v], extra[v]) : x[v] * (slope[v] + offset);
+    const float inner = p.sigmoid ? q[v] * (1.0f - q[v]) * factor : q[v];
+    q[v] = fmaf(inner, slope[v] + offset, extra[v]);
   }
-  if (valid) store_row<L, C>(x, p.grad_logits, p.dtype, token * p.experts, p.experts, vectors.grad, lane);
+  if (valid) store_row<L, C>(q, p.grad_logits, p.dtype, token * p.experts, p.experts, vectors.grad, lane);
 }
 
 }  // namespace

@@ -128,18 +128,35 @@ __device__ void mask_groups(const Scratch& scratch, int experts, int num_groups,
   __syncwarp();
 }
 
+// What select_slow writes over the keys of groups that are out. Arithmetic never yields this NaN, and keys
+// that are limited to groups come from arithmetic.
+constexpr uint32_t kOut = 0xffffffffu;
+
 // K rounds, each the best candidate below the last one. Every lane of the warp takes part.
 template <int L, int C>
 __device__ void select_slow(const Scratch& scratch, bool write, int choices, int experts, int group_size, int lane) {
+  if (group_size != 0) {
+#pragma unroll 1
+    for (int e = lane; e < experts; e += L) {
+      if (!scratch.group_kept[e / group_size]) scratch.row[e] = __uint_as_float(kOut);
+    }
+  }
+  __syncwarp();
   uint64_t last = ~0ull;
+#pragma unroll 1
   for (int round = 0; round < choices; ++round) {
     uint64_t best = 0;
-    for (int v = 0; v < 4 * C; ++v) {
-      const int e = expert_of<L>(lane, v);
-      if (e >= experts) continue;
-      const bool kept = group_size == 0 || scratch.group_kept[e / group_size];
-      const uint64_t c = candidate(kept ? ordered_key(scratch.row[e]) : 0u, e);
-      if (c < last && c > best) best = c;
+#pragma unroll 1
+    for (int c = 0; c < C; ++c) {
+      const float4 four = reinterpret_cast<const float4*>(scratch.row)[c * L + lane];
+      const float values[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int e = expert_of<L>(lane, 4 * c + j);
+        const bool out = e >= experts || (group_size != 0 && __float_as_uint(values[j]) == kOut);
+        const uint64_t own = out ? 0 : candidate(ordered_key(values[j]), e);
+        if (own < last && own > best) best = own;
+      }
     }
 #pragma unroll
     for (int step = L / 2; step > 0; step /= 2) {
@@ -157,8 +174,14 @@ template <int L, int C>
 __device__ bool select(const float (&x)[4 * C], const Scratch& scratch, int choices, int experts, int group_size,
                        int lane) {
   constexpr int V = 4 * C;
-  const float first = max_nan_of<V / 2>(x);
-  const float second = max_nan_of<V / 2>(x + V / 2);
+  // Both segments take part of every chunk, hence of every group that is limited to whole chunks.
+  float first = x[0];
+  float second = x[2];
+#pragma unroll
+  for (int v = 1; v < V; ++v) {
+    if (v % 4 < 2) first = max_nan(first, x[v]);
+    if (v % 4 == 3 || (v % 4 == 2 && v > 2)) second = max_nan(second, x[v]);
+  }
   const float bound = middle_of_pairs<L>(first, second, lane);
   const unsigned nan_lanes = __ballot_sync(kWarp, isnan(first) || isnan(second));
   const unsigned own_lanes = L == 32 ? kWarp : ((1u << (L & 31)) - 1u) << (threadIdx.x & 31 & ~(L - 1));
@@ -180,6 +203,7 @@ __device__ bool select(const float (&x)[4 * C], const Scratch& scratch, int choi
   const int total = __shfl_sync(kWarp, end, L - 1, L);
   const bool slow = has_nan || !(bound > -INFINITY) || total > kSurvivors<L>;
 
+  if (__any_sync(kWarp, slow)) select_slow<L, C>(scratch, slow, choices, experts, group_size, lane);
   if (!slow) {
     while (mask != 0) {
       const int e = expert_of<L>(lane, __ffs(mask) - 1);
@@ -201,7 +225,6 @@ __device__ bool select(const float (&x)[4 * C], const Scratch& scratch, int choi
       if (rank < choices) scratch.chosen[rank] = expert_of_candidate(own);
     }
   }
-  if (__any_sync(kWarp, slow)) select_slow<L, C>(scratch, slow, choices, experts, group_size, lane);
   __syncwarp();
   return has_nan;
 }

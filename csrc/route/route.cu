@@ -3,15 +3,17 @@
 //   scatter_kernel  every block adds up the chunks before its own, then places its pairs in order
 // No atomic decides an order: atomics only add integers whose sum is read after a barrier.
 #include <algorithm>
+#include <type_traits>
 
 #include "keep_largest.cuh"
+#include "ling/launch.h"
 #include "pairs.cuh"
 
 namespace ling {
 namespace route {
 namespace {
 
-constexpr int kRounds = 2;                    // pairs per thread and tile
+constexpr int kRounds = 4;                    // pairs per thread and tile
 constexpr int kMaxBlocks = 128;
 constexpr int64_t kMaxTable = 1 << 17;        // entries of the chunk demand table that each block reads
 constexpr int64_t kOneBlockPairs = 4096;
@@ -25,13 +27,29 @@ struct Plan {
 
 Plan make_plan(int64_t pairs, int experts) {
   Plan plan;
-  plan.warps = experts <= 512 ? 32 : experts <= 1024 ? 16 : experts <= 2048 ? 8 : 4;
+  plan.warps = experts <= 1024 ? 16 : experts <= 2048 ? 8 : 4;
   const int64_t tile = plan.warps * 32 * kRounds;
   const int64_t most = std::clamp<int64_t>(kMaxTable / experts, 1, kMaxBlocks);
   plan.blocks = pairs <= kOneBlockPairs ? 1 : static_cast<int>(std::min(most, ceil_div(pairs, tile)));
   plan.chunk = round_up(ceil_div<int64_t>(std::max<int64_t>(pairs, 1), plan.blocks), tile);
   return plan;
 }
+
+// The demand table [blocks, round_up(E, 2)] at the start of the workspace: 16-bit where a chunk allows it.
+template <typename Count>
+struct Table {
+  using Two = std::conditional_t<sizeof(Count) == 2, ushort2, int2>;
+  Count* counts;
+  int stride;
+
+  __device__ explicit Table(const RouteParams& p)
+      : counts(reinterpret_cast<Count*>(p.workspace)), stride(round_up(p.experts, 2)) {}
+  __device__ Two two(int block, int pair) const {
+    return reinterpret_cast<const Two*>(counts + static_cast<int64_t>(block) * stride)[pair];
+  }
+};
+
+int64_t table_size(const Plan& plan, int experts) { return static_cast<int64_t>(plan.blocks) * round_up(experts, 2); }
 
 __device__ void count_chunk(const RouteParams& p, int64_t begin, int64_t end, int* counts) {
   for (int64_t pair = begin + threadIdx.x; pair < end; pair += blockDim.x) {
@@ -40,39 +58,51 @@ __device__ void count_chunk(const RouteParams& p, int64_t begin, int64_t end, in
   }
 }
 
+template <typename Count>
 __global__ void __launch_bounds__(1024) count_kernel(const RouteParams p, const int64_t chunk) {
   extern __shared__ int counts[];  // [E]
+  allow_next();
   for (int e = threadIdx.x; e < p.experts; e += blockDim.x) counts[e] = 0;
   __syncthreads();
   const int64_t begin = blockIdx.x * chunk;
   count_chunk(p, begin, min(begin + chunk, p.tokens * p.choices), counts);
   __syncthreads();
-  int* table = p.workspace + static_cast<int64_t>(blockIdx.x) * p.experts;
-  for (int e = threadIdx.x; e < p.experts; e += blockDim.x) table[e] = counts[e];
+  const Table<Count> table(p);
+  Count* own = table.counts + static_cast<int64_t>(blockIdx.x) * table.stride;
+  for (int e = threadIdx.x; e < table.stride; e += blockDim.x) own[e] = static_cast<Count>(e < p.experts ? counts[e] : 0);
 }
 
 // before[e]: demand in the chunks before this block's; total[e]: in all. Both start at zero.
+template <typename Count>
 __device__ void add_up_chunks(const RouteParams& p, int* before, int* total) {
-  const int parts = max(static_cast<int>(blockDim.x) / p.experts, 1);
-  for (int i = threadIdx.x; i < parts * p.experts; i += blockDim.x) {
-    const int e = i % p.experts;
-    int earlier = 0;
-    int all = 0;
-#pragma unroll 8
-    for (int block = i / p.experts; block < gridDim.x; block += parts) {
-      const int count = p.workspace[static_cast<int64_t>(block) * p.experts + e];
-      all += count;
-      earlier += block < blockIdx.x ? count : 0;
+  const Table<Count> table(p);
+  const int columns = table.stride / 2;
+  const int parts = max(static_cast<int>(blockDim.x) / columns, 1);
+  for (int i = threadIdx.x; i < parts * columns; i += blockDim.x) {
+    const int column = i % columns;
+    int2 earlier = {0, 0};
+    int2 all = {0, 0};
+#pragma unroll 16
+    for (int block = i / columns; block < static_cast<int>(gridDim.x); block += parts) {
+      const typename Table<Count>::Two two = table.two(block, column);
+      all.x += two.x;
+      all.y += two.y;
+      earlier.x += block < static_cast<int>(blockIdx.x) ? two.x : 0;
+      earlier.y += block < static_cast<int>(blockIdx.x) ? two.y : 0;
     }
-    atomicAdd(total + e, all);
-    atomicAdd(before + e, earlier);
+    atomicAdd(total + 2 * column, all.x);
+    atomicAdd(before + 2 * column, earlier.x);
+    if (2 * column + 1 < p.experts) {
+      atomicAdd(total + 2 * column + 1, all.y);
+      atomicAdd(before + 2 * column + 1, earlier.y);
+    }
   }
 }
 
 // In: demand before this block, and in all. Out: the next row of each expert for this block, and the row
 // at which the expert is full. Block 0 writes counts and offsets. Returns the number of rows.
-__device__ int64_t place_experts(const RouteParams& p, int* next, int* end, int* warp_sums) {
-  int32_t* all_offsets = p.workspace;  // by probability: offsets before any drop
+// `all_offsets` [E+1], by probability: the offsets before any drop.
+__device__ int64_t place_experts(const RouteParams& p, int* next, int* end, int* warp_sums, int32_t* all_offsets) {
   int kept_carry = 0;
   int all_carry = 0;
   for (int first = 0; first < p.experts; first += blockDim.x) {
@@ -90,7 +120,7 @@ __device__ int64_t place_experts(const RouteParams& p, int* next, int* end, int*
       if (blockIdx.x == 0) {
         p.expert_counts[e] = demand;
         p.expert_offsets[e] = offset;
-        if (p.by_probability) all_offsets[static_cast<int64_t>(gridDim.x) * p.experts + e] = all_offset;
+        if (p.by_probability) all_offsets[e] = all_offset;
       }
     }
     kept_carry += kept_total;
@@ -98,85 +128,110 @@ __device__ int64_t place_experts(const RouteParams& p, int* next, int* end, int*
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     p.expert_offsets[p.experts] = kept_carry;
-    if (p.by_probability) all_offsets[static_cast<int64_t>(gridDim.x + 1) * p.experts] = all_carry;
+    if (p.by_probability) all_offsets[p.experts] = all_carry;
   }
   __syncthreads();
   return kept_carry;
 }
 
-// Rank of the lane's pair among the warp's earlier pairs of the same expert.
-__device__ int rank_in_warp(int expert, uint16_t* warp_counts) {
-  const unsigned same = __match_any_sync(kWarp, expert);
-  const unsigned below = same & ((1u << (threadIdx.x & 31)) - 1u);
-  int rank = __popc(below);
-  if (expert >= 0) rank += warp_counts[expert];
-  __syncwarp();
-  if (expert >= 0 && below == 0) warp_counts[expert] += static_cast<uint16_t>(__popc(same));
-  __syncwarp();
-  return rank;
+// Lanes whose pairs have the same expert, by one ballot per bit of the id: MATCH.ANY takes about 200 cycles
+// of the multiprocessor here.
+__device__ unsigned lanes_of_expert(int expert, int bits) {
+  unsigned same = __ballot_sync(kWarp, expert >= 0);
+  for (int bit = 0; bit < bits; ++bit) {
+    const bool set = expert >> bit & 1;
+    const unsigned with = __ballot_sync(kWarp, set);
+    same &= set ? with : ~with;
+  }
+  return expert >= 0 ? same : 0u;
 }
 
 // by_probability: rows go to a temporary list that keep_largest_kernel thins out; nothing is dropped here.
-__global__ void __launch_bounds__(1024) scatter_kernel(const RouteParams p, const int64_t chunk) {
+template <typename Count, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32) scatter_kernel(const RouteParams p, const int64_t chunk) {
   extern __shared__ int shared[];
-  const int warps = blockDim.x >> 5;
+  constexpr int kThreads = kWarps * 32;
+  constexpr int kTile = kThreads * kRounds;
+  int* warp_sums = shared;                                           // [32]
+  int* next = shared + 32;                                           // [E]
+  int* end = next + p.experts;                                       // [E]
+  uint16_t* counts = reinterpret_cast<uint16_t*>(end + p.experts);   // [kWarps + 1, E], last: the tile's
   const int warp = threadIdx.x >> 5;
-  int* warp_sums = shared;                                                   // [32]
-  int* next = shared + 32;                                                   // [E]
-  int* end = next + p.experts;                                               // [E]
-  uint16_t* counts = reinterpret_cast<uint16_t*>(end + p.experts);           // [warps + 1, E], last: the tile's
-  const int64_t pairs = p.tokens * p.choices;
+  const int lane = threadIdx.x & 31;
+  const int bits = 32 - __clz(p.experts - 1);
   const int64_t chunk_begin = blockIdx.x * chunk;
-  const int64_t chunk_end = min(chunk_begin + chunk, pairs);
-  int32_t* listed = p.workspace + static_cast<int64_t>(gridDim.x + 1) * p.experts + 1;
+  const int64_t chunk_end = min(chunk_begin + chunk, p.tokens * p.choices);
+  int32_t* all_offsets = p.workspace + static_cast<int64_t>(gridDim.x) * round_up(p.experts, 2);
+  int32_t* listed = all_offsets + p.experts + 1;
+
+  // A warp's pairs are contiguous. Those of the first tile are read ahead.
+  int expert[kRounds];
+  const auto read_experts = [&](int64_t begin) {
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int64_t pair = begin + warp * 32 * kRounds + 32 * r + lane;
+      expert[r] = pair < chunk_end ? expert_of_pair(p, pair) : -1;
+    }
+  };
+  read_experts(chunk_begin);
 
   // Where each expert's rows of this block begin.
-  for (int e = threadIdx.x; e < p.experts; e += blockDim.x) next[e] = end[e] = counts[warps * p.experts + e] = 0;
+  for (int e = threadIdx.x; e < p.experts; e += kThreads) next[e] = end[e] = counts[kWarps * p.experts + e] = 0;
   __syncthreads();
   if (gridDim.x == 1) {
     count_chunk(p, chunk_begin, chunk_end, end);
   } else {
-    add_up_chunks(p, next, end);
+    wait_for_previous();
+    add_up_chunks<Count>(p, next, end);
   }
   __syncthreads();
-  const int64_t rows = place_experts(p, next, end, warp_sums);
+  const int64_t rows = place_experts(p, next, end, warp_sums, all_offsets);
 
-  const int tile = blockDim.x * kRounds;
-  for (int64_t begin = chunk_begin; begin < chunk_end; begin += tile) {
-    for (int i = threadIdx.x; i < warps * p.experts / 2; i += blockDim.x) reinterpret_cast<uint32_t*>(counts)[i] = 0;
-    for (int e = threadIdx.x; e < p.experts; e += blockDim.x) next[e] += counts[warps * p.experts + e];
+  for (int64_t begin = chunk_begin; begin < chunk_end; begin += kTile) {
+    if (begin > chunk_begin) read_experts(begin);
+    for (int i = threadIdx.x; i < kWarps * p.experts / 2; i += kThreads) reinterpret_cast<uint32_t*>(counts)[i] = 0;
+    for (int e = threadIdx.x; e < p.experts; e += kThreads) next[e] += counts[kWarps * p.experts + e];
     __syncthreads();
 
-    // Rank inside the warp; a warp's pairs are contiguous.
-    int expert[kRounds];
+    // Rank among the warp's earlier pairs of the same expert.
     int rank[kRounds];
-    const int64_t own = begin + warp * 32 * kRounds + (threadIdx.x & 31);
+    unsigned same[kRounds];
+    uint16_t* own_counts = counts + warp * p.experts;
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) expert[r] = own + 32 * r < chunk_end ? expert_of_pair(p, own + 32 * r) : -1;
+    for (int r = 0; r < kRounds; ++r) same[r] = lanes_of_expert(expert[r], bits);
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) rank[r] = rank_in_warp(expert[r], counts + warp * p.experts);
+    for (int r = 0; r < kRounds; ++r) {
+      const unsigned before = same[r] & ((1u << lane) - 1u);
+      const int seen = same[r] != 0 ? own_counts[expert[r]] : 0;
+      rank[r] = seen + __popc(before);
+      __syncwarp();
+      if (same[r] != 0 && before == 0) own_counts[expert[r]] = static_cast<uint16_t>(seen + __popc(same[r]));
+      __syncwarp();
+    }
     __syncthreads();
 
-    // Earlier warps.
-    for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
+    // Then among those of earlier warps.
+    for (int e = threadIdx.x; e < p.experts; e += kThreads) {
+      int of_warp[kWarps];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) of_warp[w] = counts[w * p.experts + e];
       int sum = 0;
-#pragma unroll 8
-      for (int w = 0; w < warps; ++w) {
-        const int count = counts[w * p.experts + e];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
         counts[w * p.experts + e] = static_cast<uint16_t>(sum);
-        sum += count;
+        sum += of_warp[w];
       }
-      counts[warps * p.experts + e] = static_cast<uint16_t>(sum);
+      counts[kWarps * p.experts + e] = static_cast<uint16_t>(sum);
     }
     __syncthreads();
 
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      const int64_t pair = own + 32 * r;
+      const int64_t pair = begin + warp * 32 * kRounds + 32 * r + lane;
       if (pair >= chunk_end) continue;
       int row = -1;
       if (expert[r] >= 0) {
-        row = next[expert[r]] + counts[warp * p.experts + expert[r]] + rank[r];
+        row = next[expert[r]] + own_counts[expert[r]] + rank[r];
         if (row >= end[expert[r]]) row = -1;
       }
       if (p.by_probability) {
@@ -195,12 +250,36 @@ __global__ void __launch_bounds__(1024) scatter_kernel(const RouteParams p, cons
   fill_tail(p, rows);
 }
 
+template <typename Count, int kWarps>
+void launch(const RouteParams& p, const Plan& plan, cudaStream_t stream) {
+  const size_t table_bytes = p.experts * sizeof(int);
+  const size_t bytes = 32 * sizeof(int) + 2 * table_bytes + (kWarps + 1) * p.experts * sizeof(uint16_t);
+  if (bytes > kSharedLimit) {
+    check(cudaFuncSetAttribute(scatter_kernel<Count, kWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)),
+          "route: shared memory");
+  }
+  const auto blocks = static_cast<unsigned>(plan.blocks);
+  if (plan.blocks > 1) {
+    launch_kernel<count_kernel<Count>>("route: count", {blocks, 1024, table_bytes}, stream, p, plan.chunk);
+  }
+  const LaunchShape shape = {blocks, kWarps * 32, bytes, 1, plan.blocks > 1};
+  launch_kernel<scatter_kernel<Count, kWarps>>("route: scatter", shape, stream, p, plan.chunk);
+}
+
+template <typename Count>
+void launch(const RouteParams& p, const Plan& plan, cudaStream_t stream) {
+  if (plan.warps == 16) return launch<Count, 16>(p, plan, stream);
+  if (plan.warps == 8) return launch<Count, 8>(p, plan, stream);
+  return launch<Count, 4>(p, plan, stream);
+}
+
 }  // namespace
 }  // namespace route
 
 int64_t route_workspace(int64_t tokens, int choices, int experts, bool by_probability) {
   const int64_t pairs = tokens * choices;
-  const int64_t table = static_cast<int64_t>(route::make_plan(pairs, experts).blocks) * experts;
+  const int64_t table = route::table_size(route::make_plan(pairs, experts), experts);
   return by_probability ? table + experts + 1 + pairs : table;
 }
 
@@ -209,22 +288,13 @@ void launch_route(const RouteParams& p, cudaStream_t stream) {
   require(p.experts >= 1 && p.experts <= kMaxRouteExperts, "route: E must be in [1, 4096]");
   require(p.choices >= 1 && pairs <= kMaxRoutePairs, "route: K must be at least 1 and T * K at most 2^31 - 1");
   const route::Plan plan = route::make_plan(pairs, p.experts);
-  const size_t table_bytes = p.experts * sizeof(int);
-  const size_t bytes = 32 * sizeof(int) + 2 * table_bytes + (plan.warps + 1) * p.experts * sizeof(uint16_t);
-  if (bytes > route::kSharedLimit) {
-    check(cudaFuncSetAttribute(route::scatter_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
-          "route: shared memory");
+  if (plan.chunk <= UINT16_MAX) {
+    route::launch<uint16_t>(p, plan, stream);
+  } else {
+    route::launch<int>(p, plan, stream);
   }
-  if (plan.blocks > 1) {
-    route::count_kernel<<<plan.blocks, 1024, table_bytes, stream>>>(p, plan.chunk);
-    check_launch("route: count");
-  }
-  route::scatter_kernel<<<plan.blocks, plan.warps * 32, bytes, stream>>>(p, plan.chunk);
-  check_launch("route: scatter");
   if (p.by_probability) {
-    const int32_t* all_offsets = p.workspace + static_cast<int64_t>(plan.blocks) * p.experts;
-    route::launch_keep_largest(p, all_offsets, stream);
+    route::launch_keep_largest(p, p.workspace + route::table_size(plan, p.experts), stream);
   }
 }
 

@@ -153,4 +153,4 @@ def _score_slope(
         chosen = scores.gather(-1, ids)
         total = chosen.sum(-1, keepdim=True) + RENORMALIZE_EPSILON
         slope = (slope - (slope * chosen).sum(-1, keepdim=True) / total) / total
-    return torch.zeros_like(scores).scatter(-1, ids, slope)
+    return torch.zeros_like(scores).scatter_add(-1, ids, slope)

@@ -30,7 +30,7 @@ struct GateParams {
   float scale;
 };
 
-// One kernel; a memset of expert_counts precedes it where one block does not hold all tokens.
+// One kernel; another that zeroes expert_counts runs beside its start where there are many tokens.
 void launch_gate(const GateParams& params, cudaStream_t stream);
 
 struct GateBackwardParams {

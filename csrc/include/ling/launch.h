@@ -1,0 +1,77 @@
+// Kernel launches with the features of sm_90 and later, used only where the kernel's code has them too.
+//
+// Overlap ("programmatic dependent launch"): a kernel starts before the one in front of it in the stream has
+// ended, and calls wait_for_previous() before it touches what that one writes. The kernel in front must call
+// allow_next(), must itself have been launched without overlap, and nothing but it may lie between.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "ling/common.h"
+
+namespace ling {
+
+__device__ inline void allow_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Whether the code that the current device runs for a kernel was compiled for sm_90 or later. PTX of an
+// earlier virtual architecture, compiled by the driver for a later device, has none of the features.
+template <auto kKernel>
+bool has_sm90_code() {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> known[kMaxDevices] = {};  // 0: not asked yet, 1: no, 2: yes
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device >= kMaxDevices) return false;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaFuncAttributes attributes = {};
+    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)), "cudaFuncGetAttributes");
+    answer = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90 ? 2 : 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == 2;
+}
+
+struct LaunchShape {
+  unsigned blocks;
+  unsigned threads;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;   // blocks of a cluster; more than 1 needs has_sm90_code()
+  bool overlap = false;   // with the previous kernel, where has_sm90_code()
+};
+
+template <auto kKernel, typename... Args>
+void launch_kernel(const char* name, const LaunchShape& shape, cudaStream_t stream, Args... args) {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim = {shape.cluster, 1, 1};
+    ++config.numAttrs;
+  }
+  if (shape.overlap && has_sm90_code<kKernel>()) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+    ++config.numAttrs;
+  }
+  check(cudaLaunchKernelEx(&config, kKernel, args...), name);
+}
+
+}  // namespace ling
