@@ -20,9 +20,9 @@ AREAS: dict[str, tuple[str, ...]] = {
     "gate": ("csrc/gate/*", "*/gate.h", "*/gate.py"),
     "route": ("csrc/route/*", "*/route.h", "*/route.py"),
     "permute": ("csrc/combine/*", "*/permute.h", "*/permute.py"),
-    "gemm": ("csrc/gemm/*", "*/gemm.h", "*/gemm.py"),
+    "gemm": ("csrc/gemm/*", "*/gemm.h", "*/gemm.py", "*/_autocast.py"),
     "mlp": ("*/moe_mlp.py", "*/activation.py"),
-    "other": ("ling_ops/nn/*", "*/capacity.py", "*/losses.py", "*/stats.py"),
+    "other": ("ling_ops/nn/*", "*/capacity.py", "*/losses.py", "*/gate_losses.py", "*/stats.py"),
 }
 PARTS: dict[str, tuple[str, ...]] = {
     "tests": tuple(AREAS),

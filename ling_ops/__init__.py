@@ -1,4 +1,5 @@
 """Mixture-of-Experts kernels for PyTorch, with a pure-PyTorch reference of every op."""
+
 from __future__ import annotations
 
 from ._version import __version__

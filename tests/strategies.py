@@ -46,9 +46,9 @@ def lay_out(x: torch.Tensor, how: str) -> torch.Tensor:
 
 def move(value: Any, device: torch.device) -> Any:
     """A tensor on ``device`` with its strides and alignment kept."""
-    if not isinstance(value, torch.Tensor) or value.device == device:
+    if not isinstance(value, torch.Tensor) or value.device.type == device.type:
         return value
-    whole = torch.empty(0, dtype=value.dtype)
+    whole = torch.empty(0, dtype=value.dtype, device=value.device)
     whole.set_(value.untyped_storage())
     return whole.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
 

@@ -279,7 +279,7 @@ def test_autocast(device):
     exact = layer(x)
     with torch.autocast(device.type, torch.bfloat16):
         out = layer(x)
-    assert out.dtype == torch.bfloat16 and layer._last.weights.dtype == torch.float32
+    assert out.dtype == torch.bfloat16 and layer._last["weights"].dtype == torch.float32
     assert (out - exact).abs().max() < 0.02 * exact.abs().max()
     out.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in layer.parameters())

@@ -50,7 +50,14 @@ def _draw_loss(axes: Any, events: list[dict[str, Any]]) -> None:
         axes.plot(*zip(*train, strict=True), color=TRAIN, linewidth=1.2, label="training")
     if valid:
         points = [(e["step"], e["bits_per_byte"]) for e in valid]
-        axes.plot(*zip(*points, strict=True), "o-", color=VALID, markersize=4, label="held out")
+        axes.plot(
+            *zip(*points, strict=True),
+            "o-",
+            color=VALID,
+            markersize=4,
+            label="held out",
+            clip_on=False,
+        )
         baseline = valid[-1]["order0_bits_per_byte"]
         axes.axhline(
             baseline, color=BASE, linestyle="--", linewidth=1,
@@ -91,9 +98,10 @@ def _draw_heat_maps(figure: Any, grid: Any, train: list, layers: list[int], colu
         )
         drops = sum(event["layers"][place]["drop_rate"] for event in train) / len(train)
         axes.set_title(
-            f"layer {layer}: MaxVio {train[-1]['layers'][place]['max_vio']:.2f} at the end, "
-            f"{drops:.1%} dropped", loc="left",
-        )  # fmt: skip
+            f"layer {layer}: MaxVio {train[-1]['layers'][place]['max_vio']:.2f}, "
+            f"dropped {drops:.1%}",
+            loc="left",
+        )
         if place % columns == 0:
             axes.set_ylabel("expert")
         if place + columns >= len(layers):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,15 +16,6 @@ from .mlp import MLP
 from .router import Router, RouterOutput
 
 PRIORITIES = ("position", "probability")
-
-
-class _Last(NamedTuple):
-    """What ``routing_stats`` wants to know of a forward."""
-
-    routing: ops.Routing  # with the demand before any reroute
-    indices: torch.Tensor  # [T,K]
-    weights: torch.Tensor  # [T,K], detached
-    token_mask: torch.Tensor | None  # [T]
 
 
 class MoE(nn.Module):
@@ -101,7 +91,7 @@ class MoE(nn.Module):
         self.counts_pending = False
         self.last_indices: torch.Tensor | None = None
         self.last_losses: dict[str, torch.Tensor] = {}
-        self._last: _Last | None = None
+        self._last: dict | None = None
 
     def reset_parameters(self) -> None:
         for module in (self.gate, self.experts, self.shared_experts):
@@ -134,8 +124,14 @@ class MoE(nn.Module):
             indices=replay_indices,
         )
         weights, indices, routing, demand = self._route(routed, token_mask)
-        counted = routing._replace(expert_counts=demand)
-        self._remember(routed, _Last(counted, indices, weights.detach(), token_mask))
+        self._remember(routed, demand)
+        # plain containers: torch 2.11's compiler can't store a NamedTuple on a module
+        self._last = {
+            "routing": (demand, *routing[1:]),
+            "indices": indices,
+            "weights": weights.detach(),
+            "token_mask": token_mask,
+        }
         out = self.experts(flat, weights, indices, routing=routing)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat)
@@ -176,19 +172,19 @@ class MoE(nn.Module):
         )
         return weights, indices, routing, demand
 
-    def _remember(self, chosen: RouterOutput, last: _Last) -> None:
+    def _remember(self, chosen: RouterOutput, demand: torch.Tensor) -> None:
         self.last_indices = chosen.indices
         self.last_losses = chosen.losses
-        self._last = last
         if self.training:
-            self.expert_counts = last.routing.expert_counts
+            self.expert_counts = demand
             self.counts_pending = True
 
     def stats(self) -> dict[str, torch.Tensor]:
         """``ling_ops.routing_stats`` of the last forward: device tensors, computed now."""
         if self._last is None:
             raise RuntimeError("MoE.stats: there has been no forward yet")
-        return ops.routing_stats(**self._last._asdict())
+        last = dict(self._last)
+        return ops.routing_stats(ops.Routing(*last.pop("routing")), **last)
 
     def extra_repr(self) -> str:
         return (

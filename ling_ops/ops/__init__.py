@@ -1,4 +1,5 @@
 """The public functions: argument checks, choice of kernel or reference, gradients."""
+
 from __future__ import annotations
 
 from ._backend import FallbackWarning, backend_info, use_backend

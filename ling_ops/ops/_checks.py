@@ -25,9 +25,7 @@ def shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str
     )
     if not fits:
         needs = ", ".join("*" if size is None else str(size) for size in expected)
-        raise ValueError(
-            f"{name} must have shape {meaning} = [{needs}], got {list(value.shape)}"
-        )
+        raise ValueError(f"{name} must have shape {meaning} = [{needs}], got {list(value.shape)}")
 
 
 def dtype(name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> None:

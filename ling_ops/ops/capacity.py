@@ -121,7 +121,11 @@ class CapacityPolicy(nn.Module):
 
     def _running_factor(self) -> Tensor:
         """c of the running mode, 0-dim float on the window's device."""
-        past = torch.nanquantile(self.window.float(), self.quantile) * (1 + self.margin)
+        ordered = self.window.float().sort().values  # what isn't filled yet is NaN, and last
+        filled = self.steps.clamp(max=self.window.numel())
+        at = (self.quantile * (filled - 1)).clamp(min=0).reshape(1)
+        low, high = (ordered.gather(0, rank.long()) for rank in (at.floor(), at.ceil()))
+        past = torch.lerp(low, high, at.float() - at.floor()).squeeze(0) * (1 + self.margin)
         past = torch.where(self.steps > 0, past, self.max_factor)
         return past.clamp(1.0, self.max_factor)
 
