@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from strategies import make_indices, make_offsets
 
 import ling_ops
 
-T, H, E, K, N = 12, 16, 8, 2, 24
+T, H, E, K, N = 12, 16, 8, 2, 32
 OPS = torch.ops.ling_ops
 
 
@@ -31,6 +32,9 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
     offsets = make_offsets(E, T * K, "tail", 0).to(device)
     balance = torch.rand(3, E, device=device)
     z = torch.tensor(0.1, device=device)
+    down = torch.randn(E, H, N // 2, device=device).to(dtype)
+    down_plain = torch.randn(E, H, N, device=device).to(dtype)
+    places = (routing.row_token, routing.row_pair, routing.expert_offsets)
     return {
         "topk_gate": [
             (logits, None, K, False, 1, 1, True, 1.0),
@@ -59,6 +63,14 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
             (rows, b.transpose(1, 2).contiguous().transpose(1, 2), offsets),
         ],
         "grouped_gemm_dw": [(dy, rows, offsets)],
+        "moe_up": [
+            (x, b, routing.row_token, routing.expert_offsets, 0, math.inf, True),
+            (x, b, routing.row_token, routing.expert_offsets, 6, math.inf, False),
+        ],
+        "moe_dact": [
+            (x, down, dy, weights, *places, 0, 1.0),
+            (x, down_plain, dy, weights, *places, 3, math.inf),
+        ],
     }
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 
 from .. import _extension
-from ..reference import gate, gemm, permute
+from ..reference import gate, gemm, moe_mlp, permute
+from ..reference.activation import ACTIVATIONS, GATED
 from ..reference.losses import demand
 from ..reference.route import route as _route
 
@@ -160,6 +161,35 @@ _define(
     "grouped_gemm_dw(Tensor dy, Tensor x, Tensor offsets) -> Tensor",
     gemm.loop_grouped_gemm_dw,
     lambda dy, x, offsets: x.new_empty(offsets.shape[0] - 1, dy.shape[1], x.shape[1]),
+)
+
+
+def _moe_up_fake(x, proj, row_token, offsets, activation, limit, write_h):
+    rows, width = row_token.shape[0], proj.shape[1]
+    inner = width // 2 if ACTIVATIONS[activation] in GATED else width
+    return x.new_empty((rows, width) if write_h else (0,)), x.new_empty(rows, inner)
+
+
+def _moe_dact_fake(grad_out, down_proj, h, weights, *unused):
+    return (
+        h.new_empty(h.shape),
+        h.new_empty(h.shape[0], down_proj.shape[2]),
+        weights.new_empty(weights.shape),
+    )
+
+
+_define(
+    "moe_up(Tensor x, Tensor proj, Tensor row_token, Tensor offsets, int activation, "
+    "float limit, bool write_h) -> (Tensor h, Tensor a)",
+    moe_mlp.moe_up,
+    _moe_up_fake,
+)
+_define(
+    "moe_dact(Tensor grad_out, Tensor down_proj, Tensor h, Tensor weights, Tensor row_token, "
+    "Tensor row_pair, Tensor offsets, int activation, float limit) "
+    "-> (Tensor dh, Tensor wa, Tensor grad_weights)",
+    moe_mlp.moe_dact,
+    _moe_dact_fake,
 )
 
 _extension.load()  # registers the CUDA kernels, if there are any; touches no device

@@ -25,7 +25,7 @@ class _GroupedGemm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         a, b, offsets = ctx.saved_tensors
-        grad = aligned(grad)
+        grad = grad.contiguous()
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_a = torch.ops.ling_ops.grouped_gemm(grad, b.transpose(1, 2), offsets)
@@ -44,17 +44,9 @@ def tensor_core_unsupported(dtype: torch.dtype, **sizes: int) -> str | None:
     return None
 
 
-def aligned(x: Tensor) -> Tensor:
-    """`x` contiguous and starting on a 16-byte boundary, copied only if it isn't so already."""
-    x = x.contiguous()
-    return x if x.storage_offset() % ROW_MULTIPLE == 0 else x.clone()
-
-
 def _weights_for_kernel(b: Tensor) -> Tensor:
     """Weights contiguous as [E,N,Kd], or the transpose view of a contiguous [E,Kd,N]."""
-    if b.transpose(1, 2).is_contiguous():
-        return aligned(b.transpose(1, 2)).transpose(1, 2)
-    return aligned(b)
+    return b if b.transpose(1, 2).is_contiguous() else b.contiguous()
 
 
 def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
@@ -89,7 +81,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     unsupported = tensor_core_unsupported(a.dtype, N=b.shape[1], Kd=a.shape[1])
     if not use_kernel("grouped_gemm", a, unsupported):
         return reference.grouped_gemm(a, b, offsets)
-    a, b, offsets = aligned(a), _weights_for_kernel(b), offsets.to(torch.int32).contiguous()
+    a, b, offsets = a.contiguous(), _weights_for_kernel(b), offsets.to(torch.int32).contiguous()
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _GroupedGemm.apply(a, b, offsets)
     return torch.ops.ling_ops.grouped_gemm(a, b, offsets)
@@ -105,7 +97,7 @@ class _GroupedGemmDw(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         dy, x, offsets = ctx.saved_tensors
-        grad = aligned(grad)
+        grad = grad.contiguous()
         grad_dy = grad_x = None
         if ctx.needs_input_grad[0]:
             grad_dy = torch.ops.ling_ops.grouped_gemm(x, grad, offsets)
@@ -119,7 +111,7 @@ def _ragged_contraction(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     unsupported = tensor_core_unsupported(x.dtype, N=dy.shape[1], Kd=x.shape[1])
     if not use_kernel("grouped_mm", x, unsupported):
         return reference.grouped_gemm_dw(dy, x, offsets)
-    dy, x = aligned(dy), aligned(x)
+    dy, x = dy.contiguous(), x.contiguous()
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
         return _GroupedGemmDw.apply(dy, x, offsets)
     return torch.ops.ling_ops.grouped_gemm_dw(dy, x, offsets)

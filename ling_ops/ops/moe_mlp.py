@@ -11,6 +11,7 @@ from ..reference.route import Routing
 from . import _checks
 from ._autocast import autocast
 from ._backend import use_kernel
+from ._fused_mlp import fused_moe_mlp
 from .gemm import grouped_gemm, tensor_core_unsupported
 from .permute import check_routing, permute, unpermute
 from .route import route
@@ -134,6 +135,17 @@ def moe_mlp(
     unsupported = tensor_core_unsupported(x.dtype, H=x.shape[1], I=down_proj.shape[2])
     steps = reference.REFERENCE_STEPS
     if use_kernel("moe_mlp", x, unsupported):
+        if gate_up_bias is None and down_bias is None:
+            return fused_moe_mlp(
+                x,
+                gate_up_proj,
+                down_proj,
+                weights,
+                routing,
+                activation=activation,
+                swiglu_limit=swiglu_limit,
+                main_grads=main_grads,
+            )
         steps = _KERNEL_STEPS
     return reference.moe_mlp(
         x,

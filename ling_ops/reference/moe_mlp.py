@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .activation import activate
-from .gemm import grouped_gemm, row_experts
+from .activation import ACTIVATIONS, activate, activation_backward
+from .gate import upcast
+from .gemm import grouped_gemm, loop_grouped_gemm, row_experts
 from .permute import combine, permute
 from .route import Routing
 
@@ -74,3 +75,50 @@ def moe_mlp(
     a = activate(h, activation, swiglu_limit)
     y = _with_bias(steps.grouped_gemm(a, down_proj, offsets), down_bias, offsets)
     return steps.unpermute(y, routing, weights)
+
+
+def moe_up(
+    x: Tensor,
+    proj: Tensor,
+    row_token: Tensor,
+    offsets: Tensor,
+    activation: int,
+    limit: float,
+    write_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """(h [M,2I] or [M,I], a [M,I]) of the gathered rows; h is [0] if it isn't wanted.
+
+    `activation` indexes `ACTIVATIONS`; `limit` is infinite for none.
+    """
+    h = loop_grouped_gemm(permute(x, row_token), proj, offsets)
+    a = activate(h, ACTIVATIONS[activation], None if limit == float("inf") else limit)
+    return h if write_h else h.new_empty(0), a
+
+
+def moe_dact(
+    grad_out: Tensor,
+    down_proj: Tensor,
+    h: Tensor,
+    weights: Tensor,
+    row_token: Tensor,
+    row_pair: Tensor,
+    offsets: Tensor,
+    activation: int,
+    limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh like h, w * a [M,I], grad_weights like weights) of out = combine(down(act(h)), w).
+
+    With d = grad_out[token] @ down_proj[e] of a row: dh = w d act'(h), grad_weights = <d, act(h)>.
+    """
+    name, bound = ACTIVATIONS[activation], None if limit == float("inf") else limit
+    is_row = (row_pair >= 0).unsqueeze(-1)
+    pair = row_pair.clamp(min=0).long()
+    w = torch.where(is_row, upcast(weights.reshape(-1)[pair]).unsqueeze(-1), 0.0)
+    d = upcast(loop_grouped_gemm(permute(grad_out, row_token), down_proj.transpose(1, 2), offsets))
+    a = upcast(activate(upcast(h), name, bound))
+    dh = torch.where(is_row, activation_backward(w * d, h, name, bound), 0.0)
+    sums = torch.where(is_row, d * a, 0.0).sum(-1)
+    grad_weights = sums.new_zeros(weights.numel() + 1)
+    last = torch.where(row_pair >= 0, row_pair, weights.numel()).long()
+    grad_weights = grad_weights.scatter_(0, last, sums)[:-1].view(weights.shape)
+    return dh.to(h.dtype), torch.where(is_row, w * a, 0.0).to(h.dtype), grad_weights

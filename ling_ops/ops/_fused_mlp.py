@@ -1,0 +1,108 @@
+"""The experts on tensor-core kernels: two autograd nodes, x -> h and h -> out.
+
+Saved for the backward are x (an input), h, the gate weights and the routing; a, the rows of y and
+every gathered copy are not. Two nodes, so that h can go as soon as its gradient is there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..reference.activation import ACTIVATIONS
+from ..reference.route import Routing
+
+_OPS = torch.ops.ling_ops
+
+
+def _weight_grad(dy: Tensor, x: Tensor, routing, gathered: str, buffer: Tensor | None):
+    """dW of one projection; `gathered` names the operand that is still in token order."""
+    row_token, offsets, token_row = routing.row_token, routing.expert_offsets, routing.token_row
+    if gathered == "x":
+        x = _OPS.permute(x, row_token, offsets, token_row)
+    else:
+        dy = _OPS.permute(dy, row_token, offsets, token_row)
+    grad = _OPS.grouped_gemm_dw(dy, x, offsets)
+    if buffer is None:
+        return grad
+    buffer.add_(grad)
+    return None
+
+
+class _Up(torch.autograd.Function):
+    """h and a = act(h) of the rows; a carries no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x, proj, routing, settings, buffer):
+        h, a = _OPS.moe_up(x, proj, routing.row_token, routing.expert_offsets, *settings, True)
+        ctx.save_for_backward(x, proj, *routing)
+        ctx.buffer = buffer
+        ctx.mark_non_differentiable(a)
+        return h, a
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh, _da):
+        x, proj, *fields = ctx.saved_tensors
+        routing = Routing(*fields)
+        grad_x = grad_proj = None
+        if ctx.needs_input_grad[0]:
+            rows = _OPS.grouped_gemm(dh, proj.transpose(1, 2), routing.expert_offsets)
+            grad_x = _OPS.combine(rows, routing.token_row, None, None)
+            del rows
+        if ctx.needs_input_grad[1]:
+            grad_proj = _weight_grad(dh, x, routing, "x", ctx.buffer)
+        return grad_x, grad_proj, None, None, None
+
+
+class _Down(torch.autograd.Function):
+    """out = combine(a @ down_proj^T, weights); the gradient reaches a through h."""
+
+    @staticmethod
+    def forward(ctx, h, a, down_proj, weights, routing, settings, buffer):
+        rows = _OPS.grouped_gemm(a, down_proj, routing.expert_offsets)
+        ctx.save_for_backward(h, down_proj, weights, *routing)
+        ctx.settings, ctx.buffer = settings, buffer
+        return _OPS.combine(rows, routing.token_row, weights, None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        h, down_proj, weights, *fields = ctx.saved_tensors
+        routing = Routing(*fields)
+        grad_out = grad_out.contiguous()
+        dh, wa, grad_weights = _OPS.moe_dact(
+            grad_out, down_proj, h, weights, routing.row_token, routing.row_pair,
+            routing.expert_offsets, *ctx.settings,
+        )  # fmt: skip
+        grad_down = None
+        if ctx.needs_input_grad[2]:
+            grad_down = _weight_grad(grad_out, wa, routing, "dy", ctx.buffer)
+        return dh, None, grad_down, grad_weights, None, None, None
+
+
+def fused_moe_mlp(
+    x: Tensor,
+    proj: Tensor,
+    down_proj: Tensor,
+    weights: Tensor,
+    routing: Routing,
+    *,
+    activation: str,
+    swiglu_limit: float | None,
+    main_grads: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """`moe_mlp` without biases, on bf16 or fp16 CUDA tensors whose H and I are multiples of 8."""
+    settings = (ACTIVATIONS.index(activation), math.inf if swiglu_limit is None else swiglu_limit)
+    x, proj, down_proj = x.contiguous(), proj.contiguous(), down_proj.contiguous()
+    weights = weights.float().contiguous()
+    trained = any(t.requires_grad for t in (x, proj, down_proj, weights))
+    if not (torch.is_grad_enabled() and trained):
+        _, a = _OPS.moe_up(x, proj, routing.row_token, routing.expert_offsets, *settings, False)
+        rows = _OPS.grouped_gemm(a, down_proj, routing.expert_offsets)
+        return _OPS.combine(rows, routing.token_row, weights, None)
+    up_buffer, down_buffer = (None, None) if main_grads is None else main_grads
+    h, a = _Up.apply(x, proj, routing, settings, up_buffer)
+    return _Down.apply(h, a, down_proj, weights, routing, settings, down_buffer)
