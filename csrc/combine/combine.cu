@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kMaxThreads) combine_kernel(const CombineParam
       for (int k = 0; k < kBatch; ++k) {
         const uint32_t row = first + k < p.choices ? sources[first + k] : ~0u;
         present[k] = row < p.num_rows;
-        if (present[k]) batch[k] = load_streaming(row_of<T, N>(p.rows, row, columns) + c);
+        if (present[k]) batch[k] = row_of<T, N>(p.rows, row, columns)[c];
       }
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {

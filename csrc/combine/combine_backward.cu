@@ -37,7 +37,7 @@ __device__ inline float block_sum(float value, float* warp_sums) {
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, 3)
 by_token_kernel(const CombineBackwardParams p, const int64_t columns) {
   __shared__ float warp_sums[kBatch][kWarps];
   const int64_t token = blockIdx.x;
@@ -54,7 +54,7 @@ by_token_kernel(const CombineBackwardParams p, const int64_t columns) {
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
         row[k] = k < batch_size ? p.token_row[token * p.choices + first + k] : ~0u;
-        if (row[k] < p.pairs) batch[k] = load_streaming(row_of<T, N>(p.rows, row[k], columns) + c);
+        if (row[k] < p.pairs) batch[k] = row_of<T, N>(p.rows, row[k], columns)[c];
       }
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
@@ -63,7 +63,7 @@ by_token_kernel(const CombineBackwardParams p, const int64_t columns) {
         float values[N];
         unpack(batch[k], values);
         sums[k] = dot(grad, values, sums[k]);
-        store_streaming(row_of<T, N>(p.grad_rows, row[k], columns) + c, scaled<T, N>(grad, weight));
+        row_of<T, N>(p.grad_rows, row[k], columns)[c] = scaled<T, N>(grad, weight);
       }
     }
     // Reduce all choices of the batch with two barriers.

@@ -86,17 +86,7 @@ __device__ Vector<T, N>* row_of(void* base, int64_t row, int64_t columns) {
   return static_cast<Vector<T, N>*>(base) + row * columns;
 }
 
-// For rows that are touched once and together pass what the L2 cache holds.
-template <typename T, int N>
-__device__ Vector<T, N> load_streaming(const Vector<T, N>* from) {
-  if constexpr (sizeof(Vector<T, N>) == 16) {
-    const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(from));
-    return reinterpret_cast<const Vector<T, N>&>(raw);
-  } else {
-    return *from;
-  }
-}
-
+// For rows that are written once and together pass what the L2 cache holds.
 template <typename T, int N>
 __device__ void store_streaming(Vector<T, N>* to, const Vector<T, N>& value) {
   if constexpr (sizeof(Vector<T, N>) == 16) {

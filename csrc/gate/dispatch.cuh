@@ -22,7 +22,6 @@ void dispatch_layout(int experts, int choices, int most_chunks, Launch launch) {
     if (chunks <= 1) return launch(Layout<8, 1>());
     if (chunks <= 2) return launch(Layout<8, 2>());
     if (chunks <= 4) return launch(Layout<8, 4>());
-    if (chunks <= 6) return launch(Layout<8, 6>());
     return launch(Layout<8, 8>());
   }
   if (lanes == 16) {
@@ -33,7 +32,6 @@ void dispatch_layout(int experts, int choices, int most_chunks, Launch launch) {
   }
   if (chunks <= 2) return launch(Layout<32, 2>());
   if (chunks <= 4) return launch(Layout<32, 4>());
-  if (chunks <= 6) return launch(Layout<32, 6>());
   return launch(Layout<32, 8>());
 }
 

@@ -105,21 +105,28 @@ __device__ void mask_pads(float (&x)[N], int experts, int lane) {
   for (int v = 0; v < N; ++v) x[v] = expert_of<L>(lane, v) < experts ? x[v] : 0.0f;
 }
 
-// Copies the token's row g of balance to shared memory, zeros for a masked token; returns sum g q.
+// Adds the balancing loss's gradient to `rest`; nothing for a masked token.
 template <int L, int C>
-__device__ float load_balance(const GateBackwardParams& p, const float (&q)[4 * C], int64_t token, bool live,
-                              bool vector, float* row, int lane) {
+__device__ void add_balance(const GateBackwardParams& p, const float (&q)[4 * C], float (&rest)[4 * C], int64_t token,
+                            bool live, bool vector, float* row, int lane) {
   const int64_t sequence = min(token / p.sequence_length, p.sequences - 1);
   float balance[4 * C];
-  load_row<L, C>(balance, p.balance, DType::kFloat32, sequence * p.experts, p.experts, vector, 0.0f, lane);
+  load_row<L, C>(balance, p.balance, DType::kFloat32, sequence * p.experts, p.experts, vector, 0.0f, row, lane);
   float dot = 0.0f;
+  float sum = 0.0f;
 #pragma unroll
   for (int v = 0; v < 4 * C; ++v) {
-    if (!live) balance[v] = 0.0f;
     dot = fmaf(balance[v], q[v], dot);
+    sum += q[v];
   }
-  store_shared<L, C>(balance, row, lane);
-  return group_sum<L>(dot);
+  dot = group_sum<L>(dot);
+  const float factor = p.sigmoid ? 1.0f / (group_sum<L>(sum) + kRenormalizeEpsilon) : 1.0f;
+  dot *= factor;
+#pragma unroll
+  for (int v = 0; v < 4 * C; ++v) {
+    const float inner = p.sigmoid ? q[v] * (1.0f - q[v]) * factor : q[v];
+    if (live) rest[v] = fmaf(inner, balance[v] - dot, rest[v]);
+  }
 }
 
 template <int L, int C>
@@ -137,59 +144,45 @@ gate_backward_kernel(const GateBackwardParams p, const Vectors vectors) {
   const float z_scale = p.z_scale != nullptr && live ? *p.z_scale : 0.0f;
   const Choice choice = load_choice(p, token, lane);
 
-  // Scores q: p or s; and z lse softmax, which sigmoid gates add at the end.
+  // Scores q: p or s. The losses' gradient gathers in `rest`.
   float q[V];
-  load_row<L, C>(q, p.logits, p.dtype, token * p.row_stride, p.experts, vectors.logits, -INFINITY, lane);
-  float extra[V] = {};
-  float z_slope = 0.0f;
+  load_row<L, C>(q, p.logits, p.dtype, token * p.row_stride, p.experts, vectors.logits, -INFINITY, row, lane);
+  float rest[V] = {};
   Softmax softmax = {};
   if (!p.sigmoid) {
     softmax = softmax_row<L>(q, q);
-    if (z_scale != 0.0f) z_slope = z_scale * (softmax.largest + logf(softmax.sum));
+    if (z_scale != 0.0f) {
+      const float slope = z_scale * (softmax.largest + logf(softmax.sum));
+#pragma unroll
+      for (int v = 0; v < V; ++v) rest[v] = q[v] * slope;
+    }
   } else {
     if (p.z_scale != nullptr) {
-      softmax = softmax_row<L>(q, extra);
-      z_slope = z_scale * (softmax.largest + logf(softmax.sum));
+      softmax = softmax_row<L>(q, rest);
+      const float slope = z_scale * (softmax.largest + logf(softmax.sum));
 #pragma unroll
-      for (int v = 0; v < V; ++v) extra[v] = live ? extra[v] * z_slope : 0.0f;
+      for (int v = 0; v < V; ++v) rest[v] = live ? rest[v] * slope : 0.0f;
     }
     mask_pads<L>(q, p.experts, lane);
-    sigmoid(q);
+    sigmoid_row<L, C>(q, row, lane);
     mask_pads<L>(q, p.experts, lane);
   }
+  if (p.balance != nullptr) add_balance<L, C>(p, q, rest, token, live, vectors.balance, row, lane);
 
-  // Shared memory holds g, and at chosen experts g + a / factor; factor is 1 / S for sigmoid gates.
-  float offset = 0.0f;
-  float inverse = 1.0f;
-  if (p.balance != nullptr) {
-    offset = -load_balance<L, C>(p, q, token, live, vectors.balance, row, lane);
-    if (p.sigmoid) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int v = 0; v < V; ++v) sum += q[v];
-      sum = group_sum<L>(sum) + kRenormalizeEpsilon;
-      if (live) inverse = sum;
-    }
-  } else {
-    const float zeros[V] = {};
-    store_shared<L, C>(zeros, row, lane);
-  }
-  const float factor = 1.0f / inverse;
-  offset *= factor;
+  // The chosen experts' slopes a, spread over the row through shared memory.
+  const float zeros[V] = {};
+  store_shared<L, C>(zeros, row, lane);
   const Slope chosen = slope_of<L>(p, choice, softmax);
-  if (!p.sigmoid) offset += z_slope - chosen.dot;
   __syncwarp();
-  const float start = choice.expert >= 0 ? row[choice.expert] : 0.0f;
-  __syncwarp();  // two lanes may stand for one expert
-  if (choice.expert >= 0) row[choice.expert] = fmaf(chosen.slope, inverse, start);
+  if (choice.expert >= 0) row[choice.expert] = chosen.slope;
   __syncwarp();
-
   float slope[V];
   load_shared<L, C>(slope, row, lane);
+  const float dot = p.sigmoid ? 0.0f : chosen.dot;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    const float inner = p.sigmoid ? q[v] * (1.0f - q[v]) * factor : q[v];
-    q[v] = fmaf(inner, slope[v] + offset, extra[v]);
+    const float inner = p.sigmoid ? q[v] * (1.0f - q[v]) : q[v];
+    q[v] = fmaf(inner, slope[v] - dot, rest[v]);
   }
   if (valid) store_row<L, C>(q, p.grad_logits, p.dtype, token * p.experts, p.experts, vectors.grad, lane);
 }

@@ -44,34 +44,78 @@ __device__ inline float4 load_four(const void* base, DType dtype, int64_t offset
   return make_float4(low.x, low.y, high.x, high.y);
 }
 
+template <int L, int C>
+__device__ void store_shared(const float (&x)[4 * C], float* row, int lane) {
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    reinterpret_cast<float4*>(row)[c * L + lane] = make_float4(x[4 * c], x[4 * c + 1], x[4 * c + 2], x[4 * c + 3]);
+  }
+}
+
+template <int L, int C>
+__device__ void load_shared(float (&x)[4 * C], const float* row, int lane) {
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const float4 four = reinterpret_cast<const float4*>(row)[c * L + lane];
+    x[4 * c] = four.x;
+    x[4 * c + 1] = four.y;
+    x[4 * c + 2] = four.z;
+    x[4 * c + 3] = four.w;
+  }
+}
+
+// Calls `body(e)` for each expert e < `experts` of the lane. Rolled: for what is rare.
+template <int L, int C, typename Body>
+__device__ void for_own_experts(int experts, int lane, Body body) {
+#pragma unroll 1
+  for (int quad = lane; quad < C * L; quad += L) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (4 * quad + j < experts) body(4 * quad + j);
+    }
+  }
+}
+
 // Loads the lane's values of a row that starts at element `offset`; `pad` fills experts from E on.
-// `vector`: E and every row start are multiples of four elements, aligned to four elements.
+// `vector`: E and every row start are multiples of four elements, aligned to four elements. Otherwise
+// the values go by way of `row`, the token's row in shared memory.
 template <int L, int C>
 __device__ void load_row(float (&x)[4 * C], const void* base, DType dtype, int64_t offset, int experts, bool vector,
-                         float pad, int lane) {
+                         float pad, float* row, int lane) {
   const auto load_vectors = [&](auto load) {
+    if (experts == 4 * C * L) {
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const int e = 4 * (c * L + lane);
-      const float4 four = e < experts ? load(offset + e) : make_float4(pad, pad, pad, pad);
+      for (int c = 0; c < C; ++c) load(c, 4 * (c * L + lane));
+    } else {
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const int e = 4 * (c * L + lane);
+        x[4 * c] = x[4 * c + 1] = x[4 * c + 2] = x[4 * c + 3] = pad;
+        if (e < experts) load(c, e);
+      }
+    }
+  };
+  const auto load_as = [&](DType type) {
+    load_vectors([&](int c, int e) {
+      const float4 four = load_four(base, type, offset + e);
       x[4 * c] = four.x;
       x[4 * c + 1] = four.y;
       x[4 * c + 2] = four.z;
       x[4 * c + 3] = four.w;
-    }
+    });
   };
-  if (vector && dtype == DType::kFloat32) {
-    load_vectors([&](int64_t at) { return load_four(base, DType::kFloat32, at); });
-  } else if (vector && dtype == DType::kBFloat16) {
-    load_vectors([&](int64_t at) { return load_four(base, DType::kBFloat16, at); });
-  } else if (vector) {
-    load_vectors([&](int64_t at) { return load_four(base, DType::kFloat16, at); });
-  } else {
+  if (!vector) {
 #pragma unroll
-    for (int v = 0; v < 4 * C; ++v) {
-      const int e = expert_of<L>(lane, v);
-      x[v] = e < experts ? load_scalar(base, dtype, offset + e) : pad;
-    }
+    for (int v = 0; v < 4 * C; ++v) x[v] = pad;
+    store_shared<L, C>(x, row, lane);
+    for_own_experts<L, C>(experts, lane, [&](int e) { row[e] = load_scalar(base, dtype, offset + e); });
+    load_shared<L, C>(x, row, lane);
+  } else if (dtype == DType::kFloat32) {
+    load_as(DType::kFloat32);
+  } else if (dtype == DType::kBFloat16) {
+    load_as(DType::kBFloat16);
+  } else {
+    load_as(DType::kFloat16);
   }
 }
 
@@ -122,23 +166,25 @@ __device__ inline float sigmoid_exact(float x) { return 1.0f / (1.0f + expf(-x))
 // From here down 1 + exp(-x) may pass 2^126, where reciprocal() stops.
 constexpr float kSigmoidFastLimit = -87.0f;
 
-template <int N>
-__device__ void sigmoid(float (&x)[N]) {
-  float least = x[0];
-#pragma unroll
-  for (int v = 1; v < N; ++v) least = fminf(least, x[v]);
-  if (least >= kSigmoidFastLimit) {
-#pragma unroll
-    for (int v = 0; v < N; ++v) x[v] = reciprocal(1.0f + expf(-x[v]));
-  } else {
-#pragma unroll
-    for (int v = 0; v < N; ++v) x[v] = sigmoid_exact(x[v]);
-  }
-}
-
-// The same value for one logit as sigmoid() gives it in any row.
+// The same value for one logit as sigmoid_row() gives it in any row.
 __device__ inline float sigmoid_one(float x) {
   return x >= kSigmoidFastLimit ? reciprocal(1.0f + expf(-x)) : sigmoid_exact(x);
+}
+
+// `row` is the token's row in shared memory, for rows that hold very negative logits.
+template <int L, int C>
+__device__ void sigmoid_row(float (&x)[4 * C], float* row, int lane) {
+  float least = x[0];
+#pragma unroll
+  for (int v = 1; v < 4 * C; ++v) least = fminf(least, x[v]);
+  const bool slow = least < kSigmoidFastLimit;
+  if (slow) store_shared<L, C>(x, row, lane);
+#pragma unroll
+  for (int v = 0; v < 4 * C; ++v) x[v] = reciprocal(1.0f + expf(-x[v]));
+  if (slow) {
+    for_own_experts<L, C>(4 * C * L, lane, [&](int e) { row[e] = sigmoid_one(row[e]); });
+    load_shared<L, C>(x, row, lane);
+  }
 }
 
 constexpr float kRenormalizeEpsilon = 1e-20f;
@@ -164,26 +210,6 @@ __device__ Softmax softmax_row(const float (&x)[N], float (&out)[N]) {
 #pragma unroll
   for (int v = 0; v < N; ++v) out[v] = divide(out[v], softmax.sum, r);
   return softmax;
-}
-
-template <int L, int C>
-__device__ void store_shared(const float (&x)[4 * C], float* row, int lane) {
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    reinterpret_cast<float4*>(row)[c * L + lane] = make_float4(x[4 * c], x[4 * c + 1], x[4 * c + 2], x[4 * c + 3]);
-  }
-}
-
-template <int L, int C>
-__device__ void load_shared(float (&x)[4 * C], const float* row, int lane) {
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    const float4 four = reinterpret_cast<const float4*>(row)[c * L + lane];
-    x[4 * c] = four.x;
-    x[4 * c + 1] = four.y;
-    x[4 * c + 2] = four.z;
-    x[4 * c + 3] = four.w;
-  }
 }
 
 // Unsigned integers in the order of floats: NaN is 1, -0.0 equals +0.0; 0 is left for "no candidate".

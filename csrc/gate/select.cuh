@@ -62,31 +62,44 @@ __device__ float middle_of_pairs(float a, float b, int lane) {
   return least;
 }
 
+// The experts' groups as a lane sees them: it scores groups lane, lane + L, ...
+struct Groups {
+  int size;   // experts of a group; 0: selection is not limited to groups
+  int start;  // where the lane starts in a group, so that lanes read different banks
+};
+
+template <int L>
+__device__ Groups make_groups(int experts, int num_groups, int topk_groups, int lane) {
+  if (topk_groups >= num_groups) return {0, 0};
+  const int size = experts / num_groups;
+  return {size, size % 4 == 0 ? 4 * (lane % (size / 4)) : 0};
+}
+
 // Sum of the two largest keys of a group as an ordered key; NaN counts as the lowest key.
-__device__ inline uint32_t group_score(const float* values, int size, int start) {
+__device__ inline uint32_t group_score(const float* values, const Groups& groups) {
   float first = -INFINITY;
   float second = -INFINITY;
-  int at = start;
-  if (size % 4 == 0) {
-    for (int i = 0; i < size; i += 4) {
+  if (groups.size % 4 == 0) {
+    int at = groups.start;
+#pragma unroll 4
+    for (int i = 0; i < groups.size; i += 4) {
       const float4 four = *reinterpret_cast<const float4*>(values + at);
       const float high = max_nan(max_nan(four.x, four.y), max_nan(four.z, four.w));
       const float low = fmaxf(fminf(four.x, four.y), fminf(four.z, four.w));
       const float middle = fminf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
-      second = fmaxf(fmaxf(second, fminf(first, high)), fmaxf(low, middle));
+      second = fmaxf(fmaxf(second, fmaxf(low, middle)), fminf(first, high));
       first = max_nan(first, high);
-      at = at + 4 == size ? 0 : at + 4;
+      at += 4;
+      if (at == groups.size) at = 0;
     }
   } else {
-    for (int i = 0; i < size; ++i) {
-      second = fmaxf(second, fminf(first, values[i]));
-      first = max_nan(first, values[i]);
-    }
+    first = NAN;
   }
   if (isnan(first)) {
     uint32_t best = 0;
     uint32_t next = 0;
-    for (int i = 0; i < size; ++i) {
+#pragma unroll 1
+    for (int i = 0; i < groups.size; ++i) {
       const uint32_t key = ordered_key(values[i]);
       next = max(next, min(best, key));
       best = max(best, key);
@@ -94,38 +107,56 @@ __device__ inline uint32_t group_score(const float* values, int size, int start)
     first = key_value(best);
     second = key_value(next);
   }
-  return ordered_key(size == 1 ? first : first + second);
+  return ordered_key(groups.size == 1 ? first : first + second);
 }
 
 // Keeps the best groups of a token: marks them, and overwrites the keys of the others with -inf.
 template <int L>
-__device__ void mask_groups(const Scratch& scratch, int experts, int num_groups, int topk_groups, int lane) {
-  const int size = experts / num_groups;
-  const int quads = max(size / 4, 1);
+__device__ void mask_groups(const Scratch& scratch, const Groups& groups, int num_groups, int topk_groups,
+                            int lane) {
+#pragma unroll 1
   for (int g = lane; g < num_groups; g += L) {
-    // Lanes start at different quads, so that they read different banks.
-    scratch.group_keys[g] = group_score(scratch.row + g * size, size, 4 * (g % quads));
+    scratch.group_keys[g] = group_score(scratch.row + g * groups.size, groups);
   }
   __syncwarp();
+#pragma unroll 1
   for (int g = lane; g < num_groups; g += L) {
-    const uint64_t own = candidate(scratch.group_keys[g], g);
+    const uint32_t own = scratch.group_keys[g];
     int rank = 0;
-    for (int other = 0; other < num_groups; ++other) rank += candidate(scratch.group_keys[other], other) > own;
+#pragma unroll 2
+    for (int other = 0; other < num_groups; ++other) {
+      const uint32_t key = scratch.group_keys[other];
+      rank += key > own || (key == own && other < g);
+    }
     scratch.group_kept[g] = rank < topk_groups;
-    if (rank >= topk_groups) {
-      float* values = scratch.row + g * size;
-      if (size % 4 == 0) {
-        int at = 4 * (g % quads);
-        for (int i = 0; i < size; i += 4) {
-          *reinterpret_cast<float4*>(values + at) = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-          at = at + 4 == size ? 0 : at + 4;
-        }
-      } else {
-        for (int i = 0; i < size; ++i) values[i] = -INFINITY;
+    if (rank < topk_groups) continue;
+    float* values = scratch.row + g * groups.size;
+    if (groups.size % 4 == 0) {
+      int at = groups.start;
+#pragma unroll 2
+      for (int i = 0; i < groups.size; i += 4) {
+        *reinterpret_cast<float4*>(values + at) = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+        at += 4;
+        if (at == groups.size) at = 0;
       }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < groups.size; ++i) values[i] = -INFINITY;
     }
   }
   __syncwarp();
+}
+
+// rank += a > b. Written out so that it takes three instructions, not four.
+__device__ inline void count_greater(int& rank, uint64_t a, uint64_t b) {
+  asm("{\n\t.reg .pred p;\n\tsetp.gt.u64 p, %1, %2;\n\t@p add.s32 %0, %0, 1;\n\t}" : "+r"(rank) : "l"(a), "l"(b));
+}
+
+// mask |= bit if x >= bound. Written out for the same reason.
+__device__ inline void mark_survivor(unsigned& mask, float x, float bound, unsigned bit) {
+  asm("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p or.b32 %0, %0, %3;\n\t}"
+      : "+r"(mask)
+      : "f"(x), "f"(bound), "r"(bit));
 }
 
 // What select_slow writes over the keys of groups that are out. Arithmetic never yields this NaN, and keys
@@ -190,7 +221,7 @@ __device__ bool select(const float (&x)[4 * C], const Scratch& scratch, int choi
   unsigned mask = 0;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    if (x[v] >= bound) mask |= 1u << v;
+    mark_survivor(mask, x[v], bound, 1u << v);
   }
   int end = __popc(mask);
   int place = -end;
@@ -214,15 +245,23 @@ __device__ bool select(const float (&x)[4 * C], const Scratch& scratch, int choi
   }
   __syncwarp();
   if (!slow) {
-    for (int i = lane; i < total; i += L) {
-      const uint64_t own = scratch.survivors[i];
-      int rank = 0;
+    // Two survivors per lane at once: more than 2 L are rare.
+#pragma unroll 1
+    for (int i = lane; i < total; i += 2 * L) {
+      const uint64_t one = scratch.survivors[i];
+      const uint64_t two = scratch.survivors[min(i + L, total)];  // the 0 at `total` where there is none
+      int rank_one = 0;
+      int rank_two = 0;
+#pragma unroll 2
       for (int j = 0; j < total; j += 2) {
-        const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(scratch.survivors + j);
-        rank += two.x > own;
-        rank += two.y > own;
+        const ulonglong2 pair = *reinterpret_cast<const ulonglong2*>(scratch.survivors + j);
+        count_greater(rank_one, pair.x, one);
+        count_greater(rank_one, pair.y, one);
+        count_greater(rank_two, pair.x, two);
+        count_greater(rank_two, pair.y, two);
       }
-      if (rank < choices) scratch.chosen[rank] = expert_of_candidate(own);
+      if (rank_one < choices) scratch.chosen[rank_one] = expert_of_candidate(one);
+      if (rank_two < choices && i + L < total) scratch.chosen[rank_two] = expert_of_candidate(two);
     }
   }
   __syncwarp();

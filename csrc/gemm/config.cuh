@@ -14,27 +14,38 @@ constexpr int kHalfRows = 64;                            // rows of one wgmma: w
 constexpr int kTileM = kHalfRows * kMathWarpgroups;      // rows of a block's tile
 constexpr int kTileK = 64;                               // one swizzle row of the contraction
 constexpr int kBoxBytes = kRaggedRows * kBoxColumns * 2; // a 64 x 64 box in shared memory
+constexpr int kTileSlots = 4;                            // tiles under way between the warps of a cluster
 constexpr int kStagingBoxes = 2;                         // output boxes that a math warpgroup owns
 
 using cute::SM90::GMMA::Major;
 
-// A tile (M, N, K) of 128 x kTileN_ x 64 per block; kCluster_ blocks stacked along M share the N operand.
-template <class Element_, int kTileN_, int kCluster_, Major kMajorA_, Major kMajorB_>
+// How rows reach shared memory.
+enum class Rows { kContiguous, kGathered };
+
+// A tile (M, N, K) of 128 x kTileN_ x 64 per block. The kCluster_ blocks of a cluster are stacked along M and share
+// their columns: each loads a part of them for all.
+// With kParts 2, the columns of a tile are kTileN / 2 of the gate and the same ones of the up projection.
+template <class Element_, int kTileN_, int kCluster_, Major kMajorA_, Major kMajorB_,
+          Rows kRows_ = Rows::kContiguous, int kParts_ = 1>
 struct Config {
   using Element = Element_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kCluster = kCluster_;
   static constexpr Major kMajorA = kMajorA_;
   static constexpr Major kMajorB = kMajorB_;
+  static constexpr Rows kRows = kRows_;
+  static constexpr int kParts = kParts_;
   static constexpr int kStages = kTileN == 256 ? 4 : 6;
-  static constexpr int kSliceN = kTileN / kCluster;      // what one block loads for the whole cluster
-  // Stages by which the second math warpgroup starts a tile behind the first, so that one multiplies while the other
-  // is in its epilogue.
-  static constexpr int kLead = 0;
+  static constexpr int kSliceN = kTileN / kCluster;      // columns that one block loads for all
+  static constexpr int kRowTile = kTileM * kCluster;     // rows of a cluster's tile
+  static constexpr int kPartN = kTileN / kParts;         // columns of one part in a block's tile
+  static constexpr int kBoxN = kSliceN < 128 ? kSliceN : 128;  // weight rows of one load, K-major
 
   static_assert(sizeof(Element) == 2, "operands are bf16 or fp16");
   static_assert(kTileN == 128 || kTileN == 256, "one wgmma spans the tile's columns");
-  static_assert(kCluster == 1 || kCluster == 2, "a cluster shares the N operand in halves");
+  static_assert(kCluster == 1 || kCluster == 2, "two blocks share columns in halves");
+  static_assert(kParts == 1 || (kParts == 2 && kTileN == 256), "a part is loaded in boxes of 128 rows");
+  static_assert(kRows == Rows::kContiguous || kMajorA_ == Major::K, "a gathered row is loaded along the contraction");
 
   // MN-major tiles are stacked along K inside a 64-wide box, as the copy engine lays them down.
   template <Major kMajor>
@@ -42,9 +53,9 @@ struct Config {
                                    cute::Step<cute::_1, cute::_2, cute::_3>>;
   template <Major kMajor>
   using Atom = cute::SM90::GMMA::Layout_SW128_Atom<Element, kMajor>;
-  template <Major kMajor, int kRows>
+  template <Major kMajor, int kExtent>
   using Layout = decltype(cute::tile_to_shape(
-      Atom<kMajor>{}, cute::Shape<cute::Int<kRows>, cute::Int<kTileK>, cute::Int<kStages>>{}, Order<kMajor>{}));
+      Atom<kMajor>{}, cute::Shape<cute::Int<kExtent>, cute::Int<kTileK>, cute::Int<kStages>>{}, Order<kMajor>{}));
   using LayoutA = Layout<kMajorA, kTileM>;  // (BLK_M,BLK_K,PIPE)
   using LayoutB = Layout<kMajorB, kTileN>;  // (BLK_N,BLK_K,PIPE)
 
@@ -63,7 +74,9 @@ struct Config {
     alignas(1024) uint8_t staging[kMathWarpgroups][kStagingBoxes][kBoxBytes];
     uint64_t full[kStages];
     uint64_t empty[kStages];
-    uint64_t lead;
+    uint64_t tile_full[kTileSlots];
+    uint64_t tile_empty[kTileSlots];
+    int tiles[kTileSlots][8];
   };
   static_assert(sizeof(Shared) <= 227 * 1024, "a block of sm_90 has 227 KiB");
 };

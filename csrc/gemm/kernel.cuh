@@ -2,44 +2,55 @@
 #pragma once
 
 #include "epilogue.cuh"
-#include "operands.cuh"
-#include "ring.cuh"
+#include "load.cuh"
 
 namespace ling::gemm {
 
-template <class Epilogue>
-struct KernelParams {
-  CUtensorMap a;
-  CUtensorMap b;
-  CUtensorMap out;
-  Schedule schedule;
-  Extents extents;
-  void* zeroed;        // [M, N] whose rows without an expert must become zero, or null
-  int output_columns;  // columns of `out`
-  typename Epilogue::Params epilogue;
+// A contiguous matrix [M, columns] of 16-bit elements whose rows without an expert must become zero; or null.
+struct ZeroedRows {
+  void* matrix;
+  int64_t columns;
 };
 
-constexpr int kLoadRegisters = 40;
-constexpr int kMathRegisters = 232;
+template <class Epilogue>
+struct KernelParams {
+  CUtensorMap a;   // unused where rows are gathered
+  CUtensorMap b;
+  typename Epilogue::Params epilogue;
+  Gather gather;   // unused where rows are contiguous
+  Schedule schedule;
+  Extents extents;
+  ZeroedRows zeroed[2];
+};
 
-// Zeroes rows [begin, end) of a contiguous matrix, 16 bytes a thread, over the whole grid.
-__device__ inline void zero_rows(void* matrix, int64_t columns, int begin, int end) {
-  auto* first = reinterpret_cast<uint4*>(static_cast<char*>(matrix) + begin * columns * 2);
-  const int64_t count = (end - begin) * columns / 8;
-  const int math_threads = kMathWarpgroups * kWarpgroup;
-  for (int64_t i = blockIdx.x * math_threads + threadIdx.x - kWarpgroup; i < count; i += gridDim.x * math_threads) {
+// Registers a thread: what the branches need, out of 64 Ki for 384 threads.
+template <class Config>
+constexpr int kLoadRegisters = Config::kRows == Rows::kGathered ? 72 : 56;
+template <class Config>
+constexpr int kMathRegisters = Config::kRows == Rows::kGathered ? 216 : 224;
+
+// Zeroes rows [begin, end), 16 bytes a thread, over the math threads of the whole grid.
+__device__ inline void zero_rows(const ZeroedRows& zeroed, int begin, int end) {
+  if (zeroed.matrix == nullptr) return;
+  auto* first = reinterpret_cast<uint4*>(static_cast<char*>(zeroed.matrix) + begin * zeroed.columns * 2);
+  const int64_t count = (end - begin) * zeroed.columns / 8;
+  constexpr int math_threads = kMathWarpgroups * kWarpgroup;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * math_threads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * math_threads + threadIdx.x - kWarpgroup; i < count; i += step) {
     first[i] = make_uint4(0, 0, 0, 0);
   }
 }
 
 // One pass over a tile's contraction. The sum runs over k in steps of 16 in ascending order, whatever the tile.
 template <class Config, class Mma, class FragmentA, class FragmentB, class Accumulators>
-__device__ void multiply(Ring<Config>& ring, const Stagger<Config>& stagger, Mma& mma, const FragmentA& tCrA, const FragmentB& tCrB,
+__device__ void multiply(Ring<Config>& ring, Mma& mma, const FragmentA& tCrA, const FragmentB& tCrB,
                          Accumulators& accumulators, int k_blocks) {
   mma.accumulate_ = cute::SM90::GMMA::ScaleOut::Zero;
   cute::warpgroup_fence_operand(accumulators);
   for (int block = 0; block < k_blocks; ++block) {
     ring.wait_full();
+    // Gathered rows were written through the ordinary proxy, the tensor cores read through the asynchronous one.
+    if constexpr (Config::kRows == Rows::kGathered) ptx::fence_async_proxy();
     cute::warpgroup_arrive();
     CUTE_UNROLL
     for (int k = 0; k < cute::size<2>(tCrA); ++k) {
@@ -47,7 +58,6 @@ __device__ void multiply(Ring<Config>& ring, const Stagger<Config>& stagger, Mma
       mma.accumulate_ = cute::SM90::GMMA::ScaleOut::One;
     }
     cute::warpgroup_commit_batch();
-    stagger.after(block);
     // One product stays in flight while the stage before it is given back.
     cute::warpgroup_wait<1>();
     if (block > 0) ring.release(1);
@@ -58,11 +68,16 @@ __device__ void multiply(Ring<Config>& ring, const Stagger<Config>& stagger, Mma
   if (k_blocks > 0) ring.release(1);
 }
 
-template <class Config, template <class> class ProductOf, class Epilogue>
-__global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ KernelParams<Epilogue> params) {
+template <class Config, template <class> class ProductOf, template <class, class> class EpilogueOf>
+__global__ void __launch_bounds__(kThreads, 1)
+    gemm_kernel(const __grid_constant__ KernelParams<EpilogueOf<Config, ProductOf<Config>>> params) {
   using Product = ProductOf<Config>;
+  using Epilogue = EpilogueOf<Config, Product>;
   using Shared = typename Config::Shared;
-  static_assert((kLoadRegisters + kMathWarpgroups * kMathRegisters) * kWarpgroup <= 65536);
+  constexpr bool gathered = Config::kRows == Rows::kGathered;
+  constexpr int loading_warps = gathered ? kWarpgroup / 32 : 1;
+  constexpr int loaders = gathered ? 1 + kWarpgroup : 1;
+  static_assert((kLoadRegisters<Config> + kMathWarpgroups * kMathRegisters<Config>) * kWarpgroup <= 65536);
 
   // ---- shared memory
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -71,10 +86,10 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
   // ---- barriers
   const int block = Config::kCluster > 1 ? ptx::block_in_cluster() : 0;
   if (threadIdx.x == 0) {
-    Ring<Config>::initialise(shared, 1);
-    ptx::prefetch_map(&params.a);
+    TileQueue<Config>::initialise(shared, kMathWarpgroups * 4 + loading_warps);
+    Ring<Config>::initialise(shared, loaders);
+    if constexpr (!gathered) ptx::prefetch_map(&params.a);
     ptx::prefetch_map(&params.b);
-    ptx::prefetch_map(&params.out);
   }
   __syncthreads();
   if constexpr (Config::kCluster > 1) {
@@ -84,57 +99,42 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
 
   // ---- scheduler
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
-  Scheduler scheduler(params.schedule, blockIdx.x / Config::kCluster, gridDim.x / Config::kCluster);
   Ring<Config> ring(shared);
-  Tile tile;
 
   if (warpgroup == 0) {
     // ---- load branch
-    ptx::shrink_registers<kLoadRegisters>();
-    if (threadIdx.x < 32) {
-      const uint32_t a = ptx::shared_address(shared.a);
-      const uint32_t b = ptx::shared_address(shared.b);
-      while (scheduler.next(tile)) {
-        const Work work = Product::work(tile, params.extents, block);
-        if (threadIdx.x == 0) {
-          const uint32_t bytes = work.halves * kBoxBytes + Config::kStageBytesB;
-          for (int k = work.k_begin; k < work.k_end; k += kTileK) {
-            ring.wait_empty();
-            ptx::mbarrier_arrive_expect_bytes(ring.full_barrier(), bytes);
-            Product::load_a(&params.a, ring.full_barrier(), a + ring.stage() * Config::kStageBytesA, work, k);
-            Product::load_b(&params.b, ring.full_barrier(), b + ring.stage() * Config::kStageBytesB, work, k, block);
-            ring.advance();
-          }
-        }
-        __syncwarp();
-      }
+    ptx::shrink_registers<kLoadRegisters<Config>>();
+    if constexpr (gathered) {
+      GatheredLoader<Config, Product, KernelParams<Epilogue>>(params, shared, ring, block).run();
+    } else {
+      if (threadIdx.x < 32) load_contiguous<Config, Product>(params, shared, ring, block);
     }
   } else {
     // ---- math branch
-    ptx::grow_registers<kMathRegisters>();
+    ptx::grow_registers<kMathRegisters<Config>>();
     const int half = warpgroup - 1;
     typename Config::Mma mma;
     auto thread_mma = mma.get_slice(half * kWarpgroup);
-    cute::Tensor sA = cute::make_tensor(cute::make_smem_ptr(shared.a), typename Config::LayoutA{});  // (BLK_M,BLK_K,PIPE)
-    cute::Tensor sB = cute::make_tensor(cute::make_smem_ptr(shared.b), typename Config::LayoutB{});  // (BLK_N,BLK_K,PIPE)
+    cute::Tensor sA = cute::make_tensor(cute::make_smem_ptr(shared.a), typename Config::LayoutA{});  // (block_M,block_K,PIPE)
+    cute::Tensor sB = cute::make_tensor(cute::make_smem_ptr(shared.b), typename Config::LayoutB{});  // (block_N,block_K,PIPE)
     cute::Tensor tCrA = thread_mma.make_fragment_A(thread_mma.partition_A(sA));  // (MMA,MMA_M,MMA_K,PIPE)
     cute::Tensor tCrB = thread_mma.make_fragment_B(thread_mma.partition_B(sB));  // (MMA,MMA_N,MMA_K,PIPE)
     Staging staging(shared.staging[half], half);
-    Stagger<Config> stagger(shared, half);
 
-    while (scheduler.next(tile)) {
+    TileQueue<Config> queue(shared);
+    Tile tile = queue.receive();
+    for (; tile.expert >= 0; tile = queue.receive()) {
       const Work work = Product::work(tile, params.extents, block);
-      if (half < work.halves) {
+      if (work.active(half)) {
+        Epilogue epilogue(params.epilogue, work, half);
         auto accumulators = cute::partition_fragment_C(mma, cute::take<0, 2>(typename Config::Tile{}));  // (MMA,1,1)
         if (work.k_end > work.k_begin) {
-          stagger.begin_tile(work.halves, work.k_blocks());
-          multiply<Config>(ring, stagger, mma, tCrA, tCrB, accumulators, work.k_blocks());
+          multiply<Config>(ring, mma, tCrA, tCrB, accumulators, work.k_blocks());
         } else {
           cute::clear(accumulators);
         }
         // ---- epilogue
-        Epilogue::template run<Config, Product>(params.epilogue, &params.out, work, half, params.output_columns, staging,
-                                                accumulators);
+        epilogue.run(staging, accumulators);
       } else {
         for (int k = work.k_begin; k < work.k_end; k += kTileK) {
           ring.wait_full();
@@ -143,9 +143,10 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
         }
       }
     }
-    if (params.zeroed != nullptr) {
-      zero_rows(params.zeroed, params.output_columns, 0, scheduler.first_row());
-      zero_rows(params.zeroed, params.output_columns, scheduler.end_row(), params.schedule.rows);
+    CUTE_UNROLL
+    for (const ZeroedRows& zeroed : params.zeroed) {
+      zero_rows(zeroed, 0, tile.row_begin);
+      zero_rows(zeroed, tile.row_end, params.schedule.rows);
     }
     staging.drain();
   }

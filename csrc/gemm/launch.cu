@@ -1,8 +1,13 @@
 // The launch functions of ling/gemm.h: limits, empty products, element type.
+#include "dact.cuh"
 #include "rows.cuh"
+#include "up.cuh"
 #include "weight_grad.cuh"
 
 namespace ling {
+namespace gemm {
+void sum_dact_partials(const MoeDactParams& params, cudaStream_t stream);
+}
 namespace {
 
 void require_aligned(const void* pointer, const char* what) {
@@ -45,6 +50,29 @@ void launch_grouped_weight_grad(const GroupedWeightGradParams& p, cudaStream_t s
   require(p.dy_stride % 8 == 0 && p.x_stride % 8 == 0, "the row strides of dy and x must be multiples of 8");
   p.dtype == DType::kBFloat16 ? gemm::grouped_weight_grad<cute::bfloat16_t>(p, stream)
                               : gemm::grouped_weight_grad<cute::half_t>(p, stream);
+}
+
+void launch_moe_up(const MoeUpParams& p, cudaStream_t stream) {
+  require_sizes(p.columns, p.contraction, p.dtype);
+  require(p.contraction > 0 && p.experts > 0, "the up projection needs experts and a hidden size");
+  if (p.rows == 0 || p.columns == 0) return;
+  require_aligned(p.x, "x");
+  require_aligned(p.weight, "the up projection");
+  require(p.x_stride % 8 == 0, "the row stride of x must be a multiple of 8");
+  p.dtype == DType::kBFloat16 ? gemm::moe_up<cute::bfloat16_t>(p, stream) : gemm::moe_up<cute::half_t>(p, stream);
+}
+
+void launch_moe_dact(const MoeDactParams& p, cudaStream_t stream) {
+  require_sizes(p.columns, p.contraction, p.dtype);
+  require(p.contraction > 0 && p.experts > 0, "the down projection needs experts and a hidden size");
+  check(cudaMemsetAsync(p.grad_weights, 0, p.pairs * sizeof(float), stream), "zeroing the weights' gradient");
+  if (p.rows == 0 || p.columns == 0) return;
+  require_aligned(p.dout, "dout");
+  require_aligned(p.weight, "the down projection");
+  require_aligned(p.h, "h");
+  require(p.dout_stride % 8 == 0, "the row stride of dout must be a multiple of 8");
+  p.dtype == DType::kBFloat16 ? gemm::moe_dact<cute::bfloat16_t>(p, stream) : gemm::moe_dact<cute::half_t>(p, stream);
+  gemm::sum_dact_partials(p, stream);
 }
 
 }  // namespace ling

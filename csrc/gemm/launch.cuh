@@ -8,25 +8,29 @@
 namespace ling::gemm {
 
 // `tiles` bounds the number of cluster tiles from above; offsets live on the device, so the exact number is not known.
-template <class Config, template <class> class Product, class Epilogue>
-void launch_kernel(const KernelParams<Epilogue>& params, int64_t tiles, cudaStream_t stream) {
+template <class Config, template <class> class Product, template <class, class> class Epilogue>
+void launch_kernel(const KernelParams<Epilogue<Config, Product<Config>>>& params, int64_t tiles, cudaStream_t stream) {
   const auto kernel = &gemm_kernel<Config, Product, Epilogue>;
   constexpr int kBytes = sizeof(typename Config::Shared);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "gemm shared memory");
 
-  const int64_t clusters = std::min<int64_t>(tiles, sm_count() / Config::kCluster);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = Config::kCluster;
   cluster.val.clusterDim.y = 1;
   cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * Config::kCluster));
+  config.gridDim = dim3(Config::kCluster);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
+  // A persistent grid must be resident as a whole; graphics clusters of odd size leave some SMs without a cluster.
+  int resident = 0;
+  check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), "counting resident clusters");
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, resident)) * Config::kCluster);
+  check(cudaMemsetAsync(params.schedule.counter, 0, sizeof(int32_t), stream), "zeroing the tile counter");
   check(cudaLaunchKernelEx(&config, kernel, params), "grouped GEMM");
 }
 
@@ -37,5 +41,20 @@ inline int checked_int(int64_t value, const char* what) {
 
 // m-tiles swept together: with tiles of 256 x 256 and 66 pairs of blocks, 8 makes a wave about square.
 constexpr int kSweep = 8;
+
+// Tiles where the rows of experts are the rows of the output.
+template <class Config>
+Schedule row_schedule(const int32_t* offsets, int32_t* counter, int64_t rows, int64_t experts, int64_t n_tiles) {
+  return {offsets, counter, checked_int(experts, "experts"), checked_int(rows, "rows"), Config::kRowTile, 0,
+          checked_int(n_tiles, "columns"), kSweep, 0};
+}
+
+// Never less than the tiles of such a schedule.
+template <class Config>
+int64_t row_tiles(int64_t rows, int64_t experts, int64_t n_tiles) {
+  const int64_t tiles = (rows / Config::kRowTile + std::min(experts, rows)) * n_tiles;
+  checked_int(tiles, "the number of tiles");
+  return tiles;
+}
 
 }  // namespace ling::gemm

@@ -35,6 +35,22 @@ __device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+__device__ inline void mbarrier_release_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline bool mbarrier_acquire_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 __device__ inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -60,6 +76,17 @@ __device__ inline uint32_t map_to_block(uint32_t address, uint32_t block) {
   uint32_t mapped;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(block));
   return mapped;
+}
+
+// `address` comes from map_to_block.
+__device__ inline void store_cluster(uint32_t address, int value) {
+  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ inline int load_shared(uint32_t address) {
+  int value;
+  asm volatile("ld.shared::cta.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
 }
 
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
@@ -138,11 +165,13 @@ __device__ inline void copy_16(uint32_t destination, const void* source, uint32_
                : "memory");
 }
 
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void prefetch(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
+}
 
-template <int kPending>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// Arrives once all copies that this thread has issued have landed; counts as one of the barrier's arrivals.
+__device__ inline void mbarrier_arrive_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // ---- registers to shared memory ------------------------------------------------------------------
@@ -161,12 +190,11 @@ __device__ inline void store_matrix_transposed(uint32_t address, uint32_t m0, ui
                : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements from shared memory, the inverse of store_matrix.
-__device__ inline void load_matrix(uint32_t address, uint32_t& m0, uint32_t& m1, uint32_t& m2, uint32_t& m3) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(m0), "=r"(m1), "=r"(m2), "=r"(m3)
-               : "r"(address)
-               : "memory");
+// A 32-bit load that stays behind the barriers before it, which bounds how many are in flight in registers.
+__device__ inline uint32_t load_word(const void* address) {
+  uint32_t word;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+  return word;
 }
 
 // ---- warps and registers -------------------------------------------------------------------------
@@ -187,6 +215,19 @@ __device__ inline void shrink_registers() {
 }
 
 // ---- arithmetic ----------------------------------------------------------------------------------
+
+// NaN if either is NaN, unlike fminf and fmaxf.
+__device__ inline float min_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+__device__ inline float max_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
 
 __device__ inline float exp2_approx(float x) {
   float y;

@@ -9,28 +9,24 @@ namespace ling::gemm {
 
 template <class Config>
 void run_rows(const GroupedGemmParams& p, cudaStream_t stream) {
-  constexpr int kClusterRows = RowProduct<Config>::kClusterRows;
-  const int64_t n_tiles = ceil_div<int64_t>(p.columns, Config::kTileN);
-  KernelParams<StoreTile> params{};
+  const int64_t n_tiles = ceil_div<int64_t>(p.columns, Config::kPartN);
+  KernelParams<StoreTile<Config, RowProduct<Config>>> params{};
   params.a = make_ragged_map(p.dtype, p.a, p.rows, p.contraction, p.a_stride);
   params.b = Config::kMajorB == Major::K
-                 ? make_weight_map(p.dtype, p.b, p.experts, p.columns, p.contraction, Config::kSliceN)
+                 ? make_weight_parts_map(p.dtype, p.b, p.experts, 1, p.columns, p.contraction, Config::kBoxN)
                  : make_weight_map(p.dtype, p.b, p.experts, p.contraction, p.columns, kTileK);
-  params.out = make_ragged_map(p.dtype, p.out, p.rows, p.columns, p.columns);
-  params.schedule = {p.offsets, checked_int(p.experts, "experts"), checked_int(p.rows, "rows"), kClusterRows, 0,
-                     checked_int(n_tiles, "columns"), kSweep};
+  params.epilogue.out = make_ragged_map(p.dtype, p.out, p.rows, p.columns, p.columns);
+  params.schedule = row_schedule<Config>(p.offsets, p.counter, p.rows, p.experts, n_tiles);
   params.extents = {checked_int(p.columns, "columns"), checked_int(p.contraction, "contraction")};
-  params.zeroed = p.out;
-  params.output_columns = params.extents.columns;
-  const int64_t m_tiles = p.rows / kClusterRows + std::min(p.experts, p.rows);
-  checked_int(m_tiles * n_tiles, "the number of tiles");
-  launch_kernel<Config, RowProduct, StoreTile>(params, m_tiles * n_tiles, stream);
+  params.zeroed[0] = {p.out, p.columns};
+  launch_kernel<Config, RowProduct, StoreTile>(params, row_tiles<Config>(p.rows, p.experts, n_tiles), stream);
 }
 
 template <class Element, Major kMajorB>
 void choose_rows(const GroupedGemmParams& p, cudaStream_t stream) {
   switch (choose_row_tile(p.rows, p.columns, p.contraction, p.experts)) {
     case TileChoice::kPair256: return run_rows<Config<Element, 256, 2, Major::K, kMajorB>>(p, stream);
+    case TileChoice::kSingle256: return run_rows<Config<Element, 256, 1, Major::K, kMajorB>>(p, stream);
     case TileChoice::kSingle128: return run_rows<Config<Element, 128, 1, Major::K, kMajorB>>(p, stream);
   }
 }

@@ -72,10 +72,25 @@ inline CUtensorMap make_ragged_map(DType dtype, const void* base, int64_t rows, 
                      {kBoxColumns, kRaggedRows, 1});
 }
 
-// A map of [experts, outer, inner], contiguous, read in boxes of `box_rows` x 64.
+// The same for [rows, parts, columns] contiguous: coordinates (column, part, inner, outer).
+inline CUtensorMap make_ragged_parts_map(DType dtype, const void* base, int64_t rows, int64_t parts, int64_t columns) {
+  const int64_t stride = parts * columns;
+  const auto* shifted = static_cast<const char*>(base) - kRaggedRows * stride * size_of(dtype);
+  return make_map<4>(dtype, shifted, {columns, parts, kRaggedRows, rows + 1}, {columns, stride, stride},
+                     {kBoxColumns, 1, kRaggedRows, 1});
+}
+
+// A map of [experts, outer, inner] contiguous, in boxes of `box_rows` x 64.
 inline CUtensorMap make_weight_map(DType dtype, const void* base, int64_t experts, int64_t outer, int64_t inner,
                                    int box_rows) {
   return make_map<3>(dtype, base, {inner, outer, experts}, {inner, outer * inner}, {kBoxColumns, box_rows, 1});
+}
+
+// A map of [experts, parts, outer, inner] contiguous, in boxes of `box_rows` x 64 that stay within a part.
+inline CUtensorMap make_weight_parts_map(DType dtype, const void* base, int64_t experts, int64_t parts, int64_t outer,
+                                         int64_t inner, int box_rows) {
+  return make_map<4>(dtype, base, {inner, outer, parts, experts}, {inner, outer * inner, parts * outer * inner},
+                     {kBoxColumns, box_rows, 1, 1});
 }
 
 }  // namespace ling::gemm

@@ -10,6 +10,9 @@ enum class TileChoice {
   // 256 x 256 per pair of blocks: each block reads its own 128 rows and half of the weight tile, which the pair
   // shares by multicast. 32 KiB from L2 per 4.2 MFLOP, which the L2 can deliver at full tensor rate.
   kPair256,
+  // 128 x 256 per block: half as much again from L2, but no block waits for another. Better where the contraction is
+  // short and the epilogue weighs more than the loads (1.05 against 1.15 ms at 262144 x 2048 x 512, 256 experts).
+  kSingle256,
   // 128 x 128 per block, six stages: more tiles where there are few, and less of a tile is idle where experts have
   // few rows or outputs have few columns.
   kSingle128,
@@ -17,15 +20,20 @@ enum class TileChoice {
 
 // A pair of blocks computes in steps of 128 rows; below about that many rows per expert it would mostly idle.
 constexpr int64_t kPairRows = 128;
+constexpr int64_t kShortContraction = 1024;
 
 // rows, columns and contraction as in GroupedGemmParams.
-constexpr TileChoice choose_row_tile(int64_t rows, int64_t columns, int64_t /*contraction*/, int64_t experts) {
-  return rows >= kPairRows * experts && columns > 128 ? TileChoice::kPair256 : TileChoice::kSingle128;
+constexpr TileChoice choose_row_tile(int64_t rows, int64_t columns, int64_t contraction, int64_t experts) {
+  if (rows < kPairRows * experts || columns <= 128) return TileChoice::kSingle128;
+  return contraction <= kShortContraction ? TileChoice::kSingle256 : TileChoice::kPair256;
 }
 
 // Weight gradients [columns, contraction] per expert: the output decides; rows only set the length of the sums.
 constexpr TileChoice choose_weight_grad_tile(int64_t columns, int64_t contraction) {
   return columns > 128 && contraction > 128 ? TileChoice::kPair256 : TileChoice::kSingle128;
 }
+
+// Columns of a tile of the activation's backward, whose epilogue needs registers beside the accumulators.
+constexpr int kDactTileN = 128;
 
 }  // namespace ling::gemm

@@ -16,7 +16,6 @@ namespace {
 constexpr int kRounds = 4;                    // pairs per thread and tile
 constexpr int kMaxBlocks = 128;
 constexpr int64_t kMaxTable = 1 << 17;        // entries of the chunk demand table that each block reads
-constexpr int64_t kOneBlockPairs = 4096;
 constexpr size_t kSharedLimit = 48 * 1024;
 
 struct Plan {
@@ -30,7 +29,7 @@ Plan make_plan(int64_t pairs, int experts) {
   plan.warps = experts <= 1024 ? 16 : experts <= 2048 ? 8 : 4;
   const int64_t tile = plan.warps * 32 * kRounds;
   const int64_t most = std::clamp<int64_t>(kMaxTable / experts, 1, kMaxBlocks);
-  plan.blocks = pairs <= kOneBlockPairs ? 1 : static_cast<int>(std::min(most, ceil_div(pairs, tile)));
+  plan.blocks = pairs <= tile ? 1 : static_cast<int>(std::min(most, ceil_div(pairs, tile)));
   plan.chunk = round_up(ceil_div<int64_t>(std::max<int64_t>(pairs, 1), plan.blocks), tile);
   return plan;
 }
@@ -69,7 +68,9 @@ __global__ void __launch_bounds__(1024) count_kernel(const RouteParams p, const 
   __syncthreads();
   const Table<Count> table(p);
   Count* own = table.counts + static_cast<int64_t>(blockIdx.x) * table.stride;
-  for (int e = threadIdx.x; e < table.stride; e += blockDim.x) own[e] = static_cast<Count>(e < p.experts ? counts[e] : 0);
+  for (int e = threadIdx.x; e < table.stride; e += blockDim.x) {
+    own[e] = static_cast<Count>(e < p.experts ? counts[e] : 0);
+  }
 }
 
 // before[e]: demand in the chunks before this block's; total[e]: in all. Both start at zero.
@@ -134,30 +135,82 @@ __device__ int64_t place_experts(const RouteParams& p, int* next, int* end, int*
   return kept_carry;
 }
 
-// Lanes whose pairs have the same expert, by one ballot per bit of the id: MATCH.ANY takes about 200 cycles
-// of the multiprocessor here.
-__device__ unsigned lanes_of_expert(int expert, int bits) {
-  unsigned same = __ballot_sync(kWarp, expert >= 0);
+// Lanes whose pairs have the lane's expert, for each round, by one ballot per bit of the id. (MATCH.ANY
+// takes about 200 cycles of a whole multiprocessor.)
+__device__ void match_experts(const int (&expert)[kRounds], int bits, unsigned (&same)[kRounds]) {
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) same[r] = __ballot_sync(kWarp, expert[r] >= 0);
+#pragma unroll 2
   for (int bit = 0; bit < bits; ++bit) {
-    const bool set = expert >> bit & 1;
-    const unsigned with = __ballot_sync(kWarp, set);
-    same &= set ? with : ~with;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const bool set = expert[r] >> bit & 1;
+      const unsigned with = __ballot_sync(kWarp, set);
+      same[r] &= set ? with : ~with;
+    }
   }
-  return expert >= 0 ? same : 0u;
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) same[r] = expert[r] >= 0 ? same[r] : 0u;
+}
+
+// Shared memory of a scatter block.
+template <int kWarps>
+struct Scatter {
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kTile = kThreads * kRounds;
+  int* warp_sums;    // [32]
+  int* tile_pairs;   // [kTile] pairs of the tile in expert order
+  int* tile_rows;    // [kTile] and their rows, -1 where dropped
+  int* next;         // [E] next row
+  int* end;          // [E] row at which the expert is full
+  int* tile_start;   // [E] first place in the tile
+  uint16_t* counts;  // [kWarps + 1, E] pairs of earlier warps in the tile; last, of all warps
+
+  __device__ Scatter(int* shared, int experts)
+      : warp_sums(shared), tile_pairs(shared + 32), tile_rows(tile_pairs + kTile), next(tile_rows + kTile),
+        end(next + experts), tile_start(end + experts), counts(reinterpret_cast<uint16_t*>(tile_start + experts)) {}
+  static size_t bytes(int experts) {
+    return (32 + 2 * kTile + 3 * experts) * sizeof(int) + (kWarps + 1) * experts * sizeof(uint16_t);
+  }
+};
+
+// Turns the warps' counts of the tile into what lies in front of each warp. Returns the pairs of the tile.
+template <int kWarps>
+__device__ int scan_tile(const Scatter<kWarps>& s, int experts) {
+  int pairs = 0;
+  for (int first = 0; first < experts; first += kWarps * 32) {
+    const int e = first + threadIdx.x;
+    int sum = 0;
+    if (e < experts) {
+      int of_warp[kWarps];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) of_warp[w] = s.counts[w * experts + e];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        s.counts[w * experts + e] = static_cast<uint16_t>(sum);
+        sum += of_warp[w];
+      }
+      s.counts[kWarps * experts + e] = static_cast<uint16_t>(sum);
+    }
+    int total;
+    const int before = pairs + block_exclusive_sum(sum, s.warp_sums, total);
+    if (e < experts) s.tile_start[e] = before;
+    pairs += total;
+  }
+  __syncthreads();
+  return pairs;
 }
 
 // by_probability: rows go to a temporary list that keep_largest_kernel thins out; nothing is dropped here.
 template <typename Count, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32) scatter_kernel(const RouteParams p, const int64_t chunk) {
+__global__ void __launch_bounds__(kWarps * 32, 1) scatter_kernel(const RouteParams p, const int64_t chunk) {
   extern __shared__ int shared[];
   constexpr int kThreads = kWarps * 32;
   constexpr int kTile = kThreads * kRounds;
-  int* warp_sums = shared;                                           // [32]
-  int* next = shared + 32;                                           // [E]
-  int* end = next + p.experts;                                       // [E]
-  uint16_t* counts = reinterpret_cast<uint16_t*>(end + p.experts);   // [kWarps + 1, E], last: the tile's
+  const Scatter<kWarps> s(shared, p.experts);
   const int warp = threadIdx.x >> 5;
   const int lane = threadIdx.x & 31;
+  uint16_t* own_counts = s.counts + warp * p.experts;
   const int bits = 32 - __clz(p.experts - 1);
   const int64_t chunk_begin = blockIdx.x * chunk;
   const int64_t chunk_end = min(chunk_begin + chunk, p.tokens * p.choices);
@@ -165,40 +218,44 @@ __global__ void __launch_bounds__(kWarps * 32) scatter_kernel(const RouteParams 
   int32_t* listed = all_offsets + p.experts + 1;
 
   // A warp's pairs are contiguous. Those of the first tile are read ahead.
+  const int own = warp * 32 * kRounds + lane;
   int expert[kRounds];
   const auto read_experts = [&](int64_t begin) {
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      const int64_t pair = begin + warp * 32 * kRounds + 32 * r + lane;
+      const int64_t pair = begin + own + 32 * r;
       expert[r] = pair < chunk_end ? expert_of_pair(p, pair) : -1;
     }
   };
   read_experts(chunk_begin);
 
-  // Where each expert's rows of this block begin.
-  for (int e = threadIdx.x; e < p.experts; e += kThreads) next[e] = end[e] = counts[kWarps * p.experts + e] = 0;
-  __syncthreads();
-  if (gridDim.x == 1) {
-    count_chunk(p, chunk_begin, chunk_end, end);
-  } else {
-    wait_for_previous();
-    add_up_chunks<Count>(p, next, end);
+  // Where each expert's rows of this block begin. A single block has a single tile.
+  for (int e = threadIdx.x; e < p.experts; e += kThreads) {
+    s.next[e] = s.end[e] = s.counts[kWarps * p.experts + e] = 0;
   }
   __syncthreads();
-  const int64_t rows = place_experts(p, next, end, warp_sums, all_offsets);
+  if (gridDim.x == 1) {
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      if (expert[r] >= 0) atomicAdd(s.end + expert[r], 1);
+    }
+  } else {
+    wait_for_previous();
+    add_up_chunks<Count>(p, s.next, s.end);
+  }
+  __syncthreads();
+  const int64_t rows = place_experts(p, s.next, s.end, s.warp_sums, all_offsets);
 
   for (int64_t begin = chunk_begin; begin < chunk_end; begin += kTile) {
     if (begin > chunk_begin) read_experts(begin);
-    for (int i = threadIdx.x; i < kWarps * p.experts / 2; i += kThreads) reinterpret_cast<uint32_t*>(counts)[i] = 0;
-    for (int e = threadIdx.x; e < p.experts; e += kThreads) next[e] += counts[kWarps * p.experts + e];
+    for (int i = threadIdx.x; i < kWarps * p.experts / 2; i += kThreads) reinterpret_cast<uint32_t*>(s.counts)[i] = 0;
+    for (int e = threadIdx.x; e < p.experts; e += kThreads) s.next[e] += s.counts[kWarps * p.experts + e];
     __syncthreads();
 
     // Rank among the warp's earlier pairs of the same expert.
     int rank[kRounds];
     unsigned same[kRounds];
-    uint16_t* own_counts = counts + warp * p.experts;
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) same[r] = lanes_of_expert(expert[r], bits);
+    match_experts(expert, bits, same);
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
       const unsigned before = same[r] & ((1u << lane) - 1u);
@@ -209,40 +266,32 @@ __global__ void __launch_bounds__(kWarps * 32) scatter_kernel(const RouteParams 
       __syncwarp();
     }
     __syncthreads();
+    const int tile_pairs = scan_tile(s, p.experts);
 
-    // Then among those of earlier warps.
-    for (int e = threadIdx.x; e < p.experts; e += kThreads) {
-      int of_warp[kWarps];
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) of_warp[w] = counts[w * p.experts + e];
-      int sum = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        counts[w * p.experts + e] = static_cast<uint16_t>(sum);
-        sum += of_warp[w];
-      }
-      counts[kWarps * p.experts + e] = static_cast<uint16_t>(sum);
-    }
-    __syncthreads();
-
+    // Rows; the tile's pairs change to expert order in shared memory, so that rows are written in runs.
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      const int64_t pair = begin + warp * 32 * kRounds + 32 * r + lane;
-      if (pair >= chunk_end) continue;
       int row = -1;
       if (expert[r] >= 0) {
-        row = next[expert[r]] + own_counts[expert[r]] + rank[r];
-        if (row >= end[expert[r]]) row = -1;
+        const int place = own_counts[expert[r]] + rank[r];
+        row = s.next[expert[r]] + place;
+        if (row >= s.end[expert[r]]) row = -1;
+        s.tile_pairs[s.tile_start[expert[r]] + place] = own + 32 * r;
+        s.tile_rows[s.tile_start[expert[r]] + place] = row;
       }
+      const int64_t pair = begin + own + 32 * r;
+      if (pair < chunk_end && (row < 0 || !p.by_probability)) p.token_row[pair] = row;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < tile_pairs; i += kThreads) {
+      const int row = s.tile_rows[i];
+      const auto pair = static_cast<uint32_t>(begin + s.tile_pairs[i]);
+      if (row < 0) continue;
       if (p.by_probability) {
-        if (row >= 0) listed[row] = static_cast<int32_t>(pair);
-        if (row < 0) p.token_row[pair] = -1;
-        continue;
-      }
-      p.token_row[pair] = row;
-      if (row >= 0) {
+        listed[row] = static_cast<int32_t>(pair);
+      } else {
         p.row_pair[row] = static_cast<int32_t>(pair);
-        p.row_token[row] = static_cast<int32_t>(static_cast<uint32_t>(pair) / p.choices);
+        p.row_token[row] = static_cast<int32_t>(pair / p.choices);
       }
     }
     __syncthreads();
@@ -252,8 +301,7 @@ __global__ void __launch_bounds__(kWarps * 32) scatter_kernel(const RouteParams 
 
 template <typename Count, int kWarps>
 void launch(const RouteParams& p, const Plan& plan, cudaStream_t stream) {
-  const size_t table_bytes = p.experts * sizeof(int);
-  const size_t bytes = 32 * sizeof(int) + 2 * table_bytes + (kWarps + 1) * p.experts * sizeof(uint16_t);
+  const size_t bytes = Scatter<kWarps>::bytes(p.experts);
   if (bytes > kSharedLimit) {
     check(cudaFuncSetAttribute(scatter_kernel<Count, kWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(bytes)),
@@ -261,9 +309,9 @@ void launch(const RouteParams& p, const Plan& plan, cudaStream_t stream) {
   }
   const auto blocks = static_cast<unsigned>(plan.blocks);
   if (plan.blocks > 1) {
-    launch_kernel<count_kernel<Count>>("route: count", {blocks, 1024, table_bytes}, stream, p, plan.chunk);
+    launch_kernel<count_kernel<Count>>("route: count", {blocks, 1024, p.experts * sizeof(int)}, stream, p, plan.chunk);
   }
-  const LaunchShape shape = {blocks, kWarps * 32, bytes, 1, plan.blocks > 1};
+  const LaunchShape shape = {blocks, kWarps * 32, bytes, plan.blocks > 1};
   launch_kernel<scatter_kernel<Count, kWarps>>("route: scatter", shape, stream, p, plan.chunk);
 }
 

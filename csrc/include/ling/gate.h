@@ -11,6 +11,7 @@ namespace ling {
 
 constexpr int kMaxGateExperts = 1024;
 constexpr int kMaxGateChoices = 32;
+constexpr int64_t kMaxGateTokens = 2147483647;
 
 struct GateParams {
   const void* logits;       // [T,E], inner stride 1

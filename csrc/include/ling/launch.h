@@ -1,4 +1,4 @@
-// Kernel launches with the features of sm_90 and later, used only where the kernel's code has them too.
+// Kernel launches that may overlap on sm_90 and later, where the kernel's code was compiled for it.
 //
 // Overlap ("programmatic dependent launch"): a kernel starts before the one in front of it in the stream has
 // ended, and calls wait_for_previous() before it touches what that one writes. The kernel in front must call
@@ -48,28 +48,22 @@ struct LaunchShape {
   unsigned blocks;
   unsigned threads;
   size_t shared_bytes = 0;
-  unsigned cluster = 1;   // blocks of a cluster; more than 1 needs has_sm90_code()
-  bool overlap = false;   // with the previous kernel, where has_sm90_code()
+  bool overlap = false;  // with the previous kernel, where has_sm90_code()
 };
 
 template <auto kKernel, typename... Args>
 void launch_kernel(const char* name, const LaunchShape& shape, cudaStream_t stream, Args... args) {
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attribute = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(shape.blocks);
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  if (shape.cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim = {shape.cluster, 1, 1};
-    ++config.numAttrs;
-  }
+  config.attrs = &attribute;
   if (shape.overlap && has_sm90_code<kKernel>()) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
-    ++config.numAttrs;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
   }
   check(cudaLaunchKernelEx(&config, kKernel, args...), name);
 }

@@ -1,0 +1,3 @@
+#include "dact.cuh"
+
+template void ling::gemm::moe_dact<cute::half_t>(const MoeDactParams&, cudaStream_t);
