@@ -37,6 +37,8 @@ int64_t row_stride(const Tensor& rows) { return rows.size(0) <= 1 ? rows.size(1)
 
 Tensor grouped_gemm(Tensor a, Tensor b, Tensor offsets) {
   const char* op = "grouped_gemm";
+  a = on_boundary(a);
+  b = on_boundary(b);
   check_grouped(op, "a", a, offsets);
   const int64_t experts = offsets.size(0) - 1;
   Arg(op, "b", b).with(a).dtype({a.scalar_type()}).shape({experts, -1, a.size(1)}).aligned(16);
@@ -44,8 +46,8 @@ Tensor grouped_gemm(Tensor a, Tensor b, Tensor offsets) {
   const int64_t contraction = a.size(1);
   expect(columns % 8 == 0, op, "b must have a multiple of 8 columns; got ", shape_string(b));
   const bool transposed = !b.is_contiguous();
-  expect(!transposed || (b.stride(1) == 1 && b.stride(2) == columns &&
-                         (experts <= 1 || b.stride(0) == columns * contraction)),
+  expect(!transposed ||
+             (b.stride(1) == 1 && b.stride(2) == columns && (experts <= 1 || b.stride(0) == columns * contraction)),
          op, "b must be contiguous or the transpose of a contiguous tensor");
   Tensor out = empty(a, {a.size(0), columns}, a.scalar_type());
   Tensor counter = empty(a, {1}, ScalarType::Int);
@@ -68,6 +70,8 @@ Tensor grouped_gemm(Tensor a, Tensor b, Tensor offsets) {
 
 Tensor grouped_gemm_dw(Tensor dy, Tensor x, Tensor offsets) {
   const char* op = "grouped_gemm_dw";
+  dy = on_boundary(dy);
+  x = on_boundary(x);
   check_grouped(op, "dy", dy, offsets);
   check_grouped(op, "x", x, offsets);
   Arg(op, "x", x).with(dy).dtype({dy.scalar_type()}).shape({dy.size(0), -1});
@@ -106,6 +110,8 @@ void check_gathered(const char* op, const char* label, const Tensor& table, cons
 std::tuple<Tensor, Tensor> moe_up(Tensor x, Tensor weight, Tensor row_token, Tensor offsets, int64_t activation,
                                   double limit, bool write_h) {
   const char* op = "moe_up";
+  x = on_boundary(x);
+  weight = on_boundary(weight);
   check_gathered(op, "x", x, row_token, offsets);
   const Activation code = activation_code(op, activation);
   const int64_t parts = is_gated(code) ? 2 : 1;
@@ -141,6 +147,9 @@ std::tuple<Tensor, Tensor> moe_up(Tensor x, Tensor weight, Tensor row_token, Ten
 std::tuple<Tensor, Tensor, Tensor> moe_dact(Tensor dout, Tensor weight, Tensor h, Tensor weights, Tensor row_token,
                                             Tensor row_pair, Tensor offsets, int64_t activation, double limit) {
   const char* op = "moe_dact";
+  dout = on_boundary(dout);
+  weight = on_boundary(weight);
+  h = on_boundary(h);
   check_gathered(op, "dout", dout, row_token, offsets);
   const Activation code = activation_code(op, activation);
   const int64_t parts = is_gated(code) ? 2 : 1;

@@ -26,7 +26,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, std::optional<Tensor
     Arg{op, "expert_bias", *expert_bias}.with(logits).dtype({ScalarType::Float}).shape({experts}).contiguous();
   }
   expect(experts >= 1 && experts <= kMaxGateExperts, op, "E must be in [1, ", kMaxGateExperts, "]; got ", experts);
-  expect(num_groups >= 1 && experts % num_groups == 0, op, "num_groups must divide E = ", experts, "; got ", num_groups);
+  expect(num_groups >= 1 && experts % num_groups == 0, op, "num_groups must divide E = ", experts, "; got ",
+         num_groups);
   expect(topk_groups >= 1 && topk_groups <= num_groups, op, "topk_groups must be in [1, ", num_groups, "]; got ",
          topk_groups);
   expect(k >= 1 && k <= kMaxGateChoices && k <= experts / num_groups * topk_groups, op, "k must be in [1, ",

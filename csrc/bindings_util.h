@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
@@ -152,6 +153,11 @@ inline DType kernel_dtype(const char* op, const char* label, const Tensor& tenso
     case ScalarType::Long: return DType::kInt64;
     default: fail(op, label, " has unsupported dtype ", name(tensor.scalar_type()));
   }
+}
+
+// `tensor` itself if it starts on a 16-byte boundary, else a copy in the same layout.
+inline Tensor on_boundary(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0 ? tensor : torch::stable::clone(tensor);
 }
 
 // New uninitialised contiguous tensor on the device of `like`, from PyTorch's allocator.

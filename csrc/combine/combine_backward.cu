@@ -38,7 +38,7 @@ __device__ inline float block_sum(float value, float* warp_sums) {
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kMaxThreads, 3)
-by_token_kernel(const CombineBackwardParams p, const int64_t columns) {
+    by_token_kernel(const CombineBackwardParams p, const int64_t columns) {
   __shared__ float warp_sums[kBatch][kWarps];
   const int64_t token = blockIdx.x;
   const int warp = threadIdx.x / 32;

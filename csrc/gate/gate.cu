@@ -26,9 +26,13 @@ enum class Keys {
 
 // Blocks of kWarps that a multiprocessor should hold, and the registers that this leaves a thread.
 template <int L, int C, Keys kKeys>
-constexpr int kBlocksPerSm = kKeys == Keys::kLogits || C <= 2 ? 4 : L * C < 256 ? 3 : 2;
+constexpr int kBlocksPerSm = kKeys == Keys::kLogits || C <= 2 ? 4
+                             : L * C < 256                    ? 3
+                                                              : 2;
 template <int L, int C, Keys kKeys>
-constexpr int kRegisters = kBlocksPerSm<L, C, kKeys> == 4 ? 64 : kBlocksPerSm<L, C, kKeys> == 3 ? 80 : 128;
+constexpr int kRegisters = kBlocksPerSm<L, C, kKeys> == 4   ? 64
+                           : kBlocksPerSm<L, C, kKeys> == 3 ? 80
+                                                            : 128;
 
 template <int L>
 constexpr int kSurvivorSlots = kSurvivors<L> + 2;
@@ -36,8 +40,9 @@ constexpr int kSurvivorSlots = kSurvivors<L> + 2;
 // Shared memory of one warp, in bytes.
 template <int L, int C>
 __host__ __device__ constexpr size_t warp_bytes(int group_slots) {
-  return 32 / L * (L * 4 * C * sizeof(float) + kSurvivorSlots<L> * sizeof(uint64_t) + L * sizeof(int) +
-                   2 * round_up(group_slots, 2) * sizeof(uint32_t));
+  return 32 / L *
+         (L * 4 * C * sizeof(float) + kSurvivorSlots<L> * sizeof(uint64_t) + L * sizeof(int) +
+          2 * round_up(group_slots, 2) * sizeof(uint32_t));
 }
 
 // The histogram comes first, then the bias, zero from E on, then the warps' scratch.
@@ -239,8 +244,8 @@ void launch_gate(const GateParams& params, cudaStream_t stream) {
   p.renormalize = p.renormalize && p.choices > 1;
   require(p.experts >= 1 && p.experts <= kMaxGateExperts, "gate: E must be in [1, 1024]");
   require(p.choices >= 1 && p.choices <= kMaxGateChoices, "gate: K must be in [1, 32]");
-  require(p.num_groups >= 1 && p.experts % p.num_groups == 0 && p.topk_groups >= 1 &&
-              p.topk_groups <= p.num_groups && p.choices <= p.experts / p.num_groups * p.topk_groups,
+  require(p.num_groups >= 1 && p.experts % p.num_groups == 0 && p.topk_groups >= 1 && p.topk_groups <= p.num_groups &&
+              p.choices <= p.experts / p.num_groups * p.topk_groups,
           "gate: groups must divide E and the kept ones hold K experts");
   require(p.tokens <= kMaxGateTokens, "gate: T must be at most 2^31 - 1");
   if (p.tokens == 0) {

@@ -131,7 +131,7 @@ __device__ void add_balance(const GateBackwardParams& p, const float (&q)[4 * C]
 
 template <int L, int C>
 __global__ void __launch_bounds__(kWarps * 32, C <= 4 ? 3 : 2)
-gate_backward_kernel(const GateBackwardParams p, const Vectors vectors) {
+    gate_backward_kernel(const GateBackwardParams p, const Vectors vectors) {
   constexpr int V = 4 * C;
   constexpr int kTokens = 32 / L;
   __shared__ __align__(16) float rows[kWarps * 32 * V];

@@ -12,11 +12,11 @@ namespace ling::gate {
 
 // One token's scratch in shared memory.
 struct Scratch {
-  float* row;           // [L * V] keys in expert order
-  uint64_t* survivors;  // [kSurvivors + 1, rounded to 2]
-  int* chosen;          // [L]
-  uint32_t* group_keys; // [G]
-  uint32_t* group_kept; // [G]
+  float* row;            // [L * V] keys in expert order
+  uint64_t* survivors;   // [kSurvivors + 1, rounded to 2]
+  int* chosen;           // [L]
+  uint32_t* group_keys;  // [G]
+  uint32_t* group_kept;  // [G]
 };
 
 template <int L>
@@ -112,8 +112,7 @@ __device__ inline uint32_t group_score(const float* values, const Groups& groups
 
 // Keeps the best groups of a token: marks them, and overwrites the keys of the others with -inf.
 template <int L>
-__device__ void mask_groups(const Scratch& scratch, const Groups& groups, int num_groups, int topk_groups,
-                            int lane) {
+__device__ void mask_groups(const Scratch& scratch, const Groups& groups, int num_groups, int topk_groups, int lane) {
 #pragma unroll 1
   for (int g = lane; g < num_groups; g += L) {
     scratch.group_keys[g] = group_score(scratch.row + g * groups.size, groups);

@@ -10,12 +10,12 @@ namespace ling::gemm {
 constexpr int kWarpgroup = 128;
 constexpr int kMathWarpgroups = 2;
 constexpr int kThreads = kWarpgroup * (1 + kMathWarpgroups);
-constexpr int kHalfRows = 64;                            // rows of one wgmma: what one math warpgroup owns
-constexpr int kTileM = kHalfRows * kMathWarpgroups;      // rows of a block's tile
-constexpr int kTileK = 64;                               // one swizzle row of the contraction
-constexpr int kBoxBytes = kRaggedRows * kBoxColumns * 2; // a 64 x 64 box in shared memory
-constexpr int kTileSlots = 4;                            // tiles under way between the warps of a cluster
-constexpr int kStagingBoxes = 2;                         // output boxes that a math warpgroup owns
+constexpr int kHalfRows = 64;                             // rows of one wgmma: what one math warpgroup owns
+constexpr int kTileM = kHalfRows * kMathWarpgroups;       // rows of a block's tile
+constexpr int kTileK = 64;                                // one swizzle row of the contraction
+constexpr int kBoxBytes = kRaggedRows * kBoxColumns * 2;  // a 64 x 64 box in shared memory
+constexpr int kTileSlots = 4;                             // tiles under way between the warps of a cluster
+constexpr int kStagingBoxes = 2;                          // output boxes that a math warpgroup owns
 
 using cute::SM90::GMMA::Major;
 
@@ -25,8 +25,8 @@ enum class Rows { kContiguous, kGathered };
 // A tile (M, N, K) of 128 x kTileN_ x 64 per block. The kCluster_ blocks of a cluster are stacked along M and share
 // their columns: each loads a part of them for all.
 // With kParts 2, the columns of a tile are kTileN / 2 of the gate and the same ones of the up projection.
-template <class Element_, int kTileN_, int kCluster_, Major kMajorA_, Major kMajorB_,
-          Rows kRows_ = Rows::kContiguous, int kParts_ = 1>
+template <class Element_, int kTileN_, int kCluster_, Major kMajorA_, Major kMajorB_, Rows kRows_ = Rows::kContiguous,
+          int kParts_ = 1>
 struct Config {
   using Element = Element_;
   static constexpr int kTileN = kTileN_;
@@ -36,9 +36,9 @@ struct Config {
   static constexpr Rows kRows = kRows_;
   static constexpr int kParts = kParts_;
   static constexpr int kStages = kTileN == 256 ? 4 : 6;
-  static constexpr int kSliceN = kTileN / kCluster;      // columns that one block loads for all
-  static constexpr int kRowTile = kTileM * kCluster;     // rows of a cluster's tile
-  static constexpr int kPartN = kTileN / kParts;         // columns of one part in a block's tile
+  static constexpr int kSliceN = kTileN / kCluster;            // columns that one block loads for all
+  static constexpr int kRowTile = kTileM * kCluster;           // rows of a cluster's tile
+  static constexpr int kPartN = kTileN / kParts;               // columns of one part in a block's tile
   static constexpr int kBoxN = kSliceN < 128 ? kSliceN : 128;  // weight rows of one load, K-major
 
   static_assert(sizeof(Element) == 2, "operands are bf16 or fp16");

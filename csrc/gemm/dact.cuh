@@ -28,19 +28,19 @@ struct DactConfig : Config<Element, kDactTileN, 2, Major::K, Major::MN, Rows::kG
 template <class Config, class Product>
 struct DactTile {
   struct Params {
-    CUtensorMap dh;            // coordinates (column, part, inner, outer)
+    CUtensorMap dh;  // coordinates (column, part, inner, outer)
     CUtensorMap wa;
-    const void* h;             // [rows, parts * columns]
-    const float* weights;      // [pairs]
-    const int32_t* row_pair;   // [rows]
-    float* partial;            // [n_tiles, rows]
+    const void* h;            // [rows, parts * columns]
+    const float* weights;     // [pairs]
+    const int32_t* row_pair;  // [rows]
+    float* partial;           // [n_tiles, rows]
     int pairs;
     int rows;
     Activation activation;
     float limit;
   };
   using Element = typename Config::Element;
-  static constexpr int kWa = -1;    // destinations of a box that are not a part of dh
+  static constexpr int kWa = -1;  // destinations of a box that are not a part of dh
   static constexpr int kNone = -2;
   static constexpr int kWords = 16;  // pairs of columns that a thread has in a 64-column chunk
 
@@ -153,6 +153,7 @@ struct DactTile {
   }
 
   __device__ void store_box(uint32_t box, int destination, const OutputBox& at) const {
+    if (at.x >= work_.columns) return;
     if (destination == kWa) {
       ptx::store_3d(&params_.wa, box, at.x, at.y, at.z);
     } else {

@@ -56,8 +56,8 @@ class Staging {
 };
 
 // Writes a quarter of a warpgroup's 64 x 64 values into a box: columns 16 * quarter and on. `pair(i)` gives two
-// neighbouring columns of this thread, packed: pair 2 * j + r is columns 8 j + 2 (lane % 4) of row lane / 4 + 8 r of the
-// warp, the order of the m64 fragment.
+// neighbouring columns of this thread, packed: pair 2 * j + r is columns 8 j + 2 (lane % 4) of row lane / 4 + 8 r of
+// the warp, the order of the m64 fragment.
 template <class Pair>
 __device__ void fill_quarter(uint32_t box, int quarter, Pair&& pair) {
   const int lane = threadIdx.x % 32;
@@ -104,7 +104,7 @@ struct StoreTile {
         CUTE_UNROLL
         for (int i = 0; i < kStagingBoxes; ++i) {
           const OutputBox at = Product::output_box(work_, half_ * kHalfRows, (chunk + i) * kBoxColumns);
-          ptx::store_3d(&params_.out, staging.box(i), at.x, at.y, at.z);
+          if (at.x < work_.columns) ptx::store_3d(&params_.out, staging.box(i), at.x, at.y, at.z);
         }
       });
     }

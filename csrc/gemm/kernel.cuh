@@ -6,7 +6,8 @@
 
 namespace ling::gemm {
 
-// A contiguous matrix [M, columns] of 16-bit elements whose rows without an expert must become zero; or null.
+// A contiguous output of 16-bit elements whose uncovered rows must become zero, or null. Where rows are the
+// contraction, a row stands for the matrix of an expert.
 struct ZeroedRows {
   void* matrix;
   int64_t columns;
@@ -14,10 +15,10 @@ struct ZeroedRows {
 
 template <class Epilogue>
 struct KernelParams {
-  CUtensorMap a;   // unused where rows are gathered
+  CUtensorMap a;  // unused where rows are gathered
   CUtensorMap b;
   typename Epilogue::Params epilogue;
-  Gather gather;   // unused where rows are contiguous
+  Gather gather;  // unused where rows are contiguous
   Schedule schedule;
   Extents extents;
   ZeroedRows zeroed[2];
@@ -30,14 +31,33 @@ template <class Config>
 constexpr int kMathRegisters = Config::kRows == Rows::kGathered ? 216 : 224;
 
 // Zeroes rows [begin, end), 16 bytes a thread, over the math threads of the whole grid.
-__device__ inline void zero_rows(const ZeroedRows& zeroed, int begin, int end) {
-  if (zeroed.matrix == nullptr) return;
+__device__ inline void zero_rows(const ZeroedRows& zeroed, int64_t begin, int64_t end) {
   auto* first = reinterpret_cast<uint4*>(static_cast<char*>(zeroed.matrix) + begin * zeroed.columns * 2);
   const int64_t count = (end - begin) * zeroed.columns / 8;
   constexpr int math_threads = kMathWarpgroups * kWarpgroup;
   const int64_t step = static_cast<int64_t>(gridDim.x) * math_threads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * math_threads + threadIdx.x - kWarpgroup; i < count; i += step) {
     first[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Zeroes the part of the output that no tile covers: rows without an expert, or, where rows are the contraction, the
+// matrices of experts without rows.
+__device__ inline void zero_uncovered(const Schedule& schedule, const ZeroedRows& zeroed, const Tile& covered) {
+  if (zeroed.matrix == nullptr) return;
+  if (schedule.row_tile != 0) {
+    zero_rows(zeroed, 0, covered.row_begin);
+    zero_rows(zeroed, covered.row_end, schedule.rows);
+    return;
+  }
+  ExpertScan experts(schedule);
+  for (int first = 0; first < schedule.experts; first += 32) {
+    experts.load(first);
+    unsigned empty = __ballot_sync(~0u, experts.exists() && experts.begin() == experts.end());
+    for (; empty != 0; empty &= empty - 1) {
+      const int expert = first + __ffs(empty) - 1;
+      zero_rows(zeroed, expert, expert + 1);
+    }
   }
 }
 
@@ -65,7 +85,7 @@ __device__ void multiply(Ring<Config>& ring, Mma& mma, const FragmentA& tCrA, co
   }
   cute::warpgroup_wait<0>();
   cute::warpgroup_fence_operand(accumulators);
-  if (k_blocks > 0) ring.release(1);
+  ring.release(1);
 }
 
 template <class Config, template <class> class ProductOf, template <class, class> class EpilogueOf>
@@ -77,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr bool gathered = Config::kRows == Rows::kGathered;
   constexpr int loading_warps = gathered ? kWarpgroup / 32 : 1;
   constexpr int loaders = gathered ? 1 + kWarpgroup : 1;
-  static_assert((kLoadRegisters<Config> + kMathWarpgroups * kMathRegisters<Config>) * kWarpgroup <= 65536);
+  static_assert((kLoadRegisters<Config> + kMathWarpgroups * kMathRegisters<Config>)*kWarpgroup <= 65536);
 
   // ---- shared memory
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -88,8 +108,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     TileQueue<Config>::initialise(shared, kMathWarpgroups * 4 + loading_warps);
     Ring<Config>::initialise(shared, loaders);
-    if constexpr (!gathered) ptx::prefetch_map(&params.a);
-    ptx::prefetch_map(&params.b);
   }
   __syncthreads();
   if constexpr (Config::kCluster > 1) {
@@ -115,10 +133,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int half = warpgroup - 1;
     typename Config::Mma mma;
     auto thread_mma = mma.get_slice(half * kWarpgroup);
-    cute::Tensor sA = cute::make_tensor(cute::make_smem_ptr(shared.a), typename Config::LayoutA{});  // (block_M,block_K,PIPE)
-    cute::Tensor sB = cute::make_tensor(cute::make_smem_ptr(shared.b), typename Config::LayoutB{});  // (block_N,block_K,PIPE)
-    cute::Tensor tCrA = thread_mma.make_fragment_A(thread_mma.partition_A(sA));  // (MMA,MMA_M,MMA_K,PIPE)
-    cute::Tensor tCrB = thread_mma.make_fragment_B(thread_mma.partition_B(sB));  // (MMA,MMA_N,MMA_K,PIPE)
+    cute::Tensor sA =
+        cute::make_tensor(cute::make_smem_ptr(shared.a), typename Config::LayoutA{});  // (block_M,block_K,PIPE)
+    cute::Tensor sB =
+        cute::make_tensor(cute::make_smem_ptr(shared.b), typename Config::LayoutB{});  // (block_N,block_K,PIPE)
+    cute::Tensor tCrA = thread_mma.make_fragment_A(thread_mma.partition_A(sA));        // (MMA,MMA_M,MMA_K,PIPE)
+    cute::Tensor tCrB = thread_mma.make_fragment_B(thread_mma.partition_B(sB));        // (MMA,MMA_N,MMA_K,PIPE)
     Staging staging(shared.staging[half], half);
 
     TileQueue<Config> queue(shared);
@@ -128,11 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (work.active(half)) {
         Epilogue epilogue(params.epilogue, work, half);
         auto accumulators = cute::partition_fragment_C(mma, cute::take<0, 2>(typename Config::Tile{}));  // (MMA,1,1)
-        if (work.k_end > work.k_begin) {
-          multiply<Config>(ring, mma, tCrA, tCrB, accumulators, work.k_blocks());
-        } else {
-          cute::clear(accumulators);
-        }
+        multiply<Config>(ring, mma, tCrA, tCrB, accumulators, work.k_blocks());
         // ---- epilogue
         epilogue.run(staging, accumulators);
       } else {
@@ -143,11 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     }
-    CUTE_UNROLL
-    for (const ZeroedRows& zeroed : params.zeroed) {
-      zero_rows(zeroed, 0, tile.row_begin);
-      zero_rows(zeroed, tile.row_end, params.schedule.rows);
-    }
+    for (const ZeroedRows& zeroed : params.zeroed) zero_uncovered(params.schedule, zeroed, tile);
     staging.drain();
   }
 

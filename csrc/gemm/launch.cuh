@@ -45,8 +45,15 @@ constexpr int kSweep = 8;
 // Tiles where the rows of experts are the rows of the output.
 template <class Config>
 Schedule row_schedule(const int32_t* offsets, int32_t* counter, int64_t rows, int64_t experts, int64_t n_tiles) {
-  return {offsets, counter, checked_int(experts, "experts"), checked_int(rows, "rows"), Config::kRowTile, 0,
-          checked_int(n_tiles, "columns"), kSweep, 0};
+  return {offsets,
+          counter,
+          checked_int(experts, "experts"),
+          checked_int(rows, "rows"),
+          Config::kRowTile,
+          0,
+          checked_int(n_tiles, "columns"),
+          kSweep,
+          0};
 }
 
 // Never less than the tiles of such a schedule.

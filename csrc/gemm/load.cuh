@@ -8,9 +8,9 @@ namespace ling::gemm {
 
 // Rows of a table that are gathered through an index.
 struct Gather {
-  const void* table;       // [table_rows, Kd] of 16-bit elements
-  const int32_t* index;    // [M]
-  int64_t stride;          // elements between table rows
+  const void* table;     // [table_rows, Kd] of 16-bit elements
+  const int32_t* index;  // [M]
+  int64_t stride;        // elements between table rows
   int table_rows;
 };
 
@@ -24,8 +24,7 @@ template <class Config>
 class TileSource {
  public:
   __device__ TileSource(const Schedule& schedule, typename Config::Shared& shared, int block)
-      : schedule_(schedule), scheduler_(schedule), queue_(shared),
-        takes_(block == 0 && threadIdx.x < 32) {}
+      : schedule_(schedule), scheduler_(schedule), queue_(shared), takes_(block == 0 && threadIdx.x < 32) {}
 
   __device__ Tile next() {
     if (takes_) {
@@ -49,8 +48,7 @@ class TileSource {
 
 // One warp; lane 0 issues the copies.
 template <class Config, class Product, class Params>
-__device__ void load_contiguous(const Params& params, typename Config::Shared& shared, Ring<Config>& ring,
-                                int block) {
+__device__ void load_contiguous(const Params& params, typename Config::Shared& shared, Ring<Config>& ring, int block) {
   const uint32_t a = ptx::shared_address(shared.a);
   const uint32_t b = ptx::shared_address(shared.b);
   TileSource<Config> source(params.schedule, shared, block);
@@ -59,12 +57,12 @@ __device__ void load_contiguous(const Params& params, typename Config::Shared& s
     const Work work = Product::work(tile, params.extents, block);
     const int ask = max(work.k_begin, work.k_end - kAskAhead<Config> * kTileK);
     bool asked = false;
-    for (int k = work.k_begin; !asked || k < work.k_end; k += kTileK) {
+    for (int k = work.k_begin; k < work.k_end; k += kTileK) {
       if (!asked && k >= ask) {
         tile = source.next();
         asked = true;
       }
-      if (threadIdx.x == 0 && k < work.k_end) {
+      if (threadIdx.x == 0) {
         const uint32_t full = ring.full_barrier();
         ring.wait_empty();
         ptx::mbarrier_arrive_expect_bytes(full, work.halves * kBoxBytes + Config::kStageBytesB);
@@ -91,8 +89,7 @@ class GatheredLoader {
   static constexpr int kRowsPerHalf = kRowsPerThread / kMathWarpgroups;
 
  public:
-  __device__ GatheredLoader(const Params& params, typename Config::Shared& shared, const Ring<Config>& ring,
-                            int block)
+  __device__ GatheredLoader(const Params& params, typename Config::Shared& shared, const Ring<Config>& ring, int block)
       : params_(params), shared_(shared), ring_(ring), block_(block) {}
 
   __device__ void run() {
@@ -149,8 +146,8 @@ class GatheredLoader {
     const int unit = threadIdx.x % kThreadsPerRow;
     const int row = threadIdx.x / kThreadsPerRow;
     // The swizzle of a 128-byte row depends on row % 8, which is the same for all rows of a thread.
-    const uint32_t destination = ptx::shared_address(shared_.a) + ring_.stage() * Config::kStageBytesA + row * 128 +
-                                 (unit ^ row % 8) * 16;
+    const uint32_t destination =
+        ptx::shared_address(shared_.a) + ring_.stage() * Config::kStageBytesA + row * 128 + (unit ^ row % 8) * 16;
     const uint32_t present = k + unit * 8 < work.k_end ? present_ : 0;
     copy_half<0>(destination, present);
     if (work.halves > 1) copy_half<1>(destination, present);

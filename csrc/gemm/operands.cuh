@@ -94,20 +94,19 @@ struct RowProduct {
   }
 
   // This block's slice of the weight tile, for all blocks of the cluster.
-  __device__ static void load_b(const CUtensorMap* map, uint32_t barrier, uint32_t destination, const Work& work,
-                                int k, int block) {
+  __device__ static void load_b(const CUtensorMap* map, uint32_t barrier, uint32_t destination, const Work& work, int k,
+                                int block) {
     const int slice = block * Config::kSliceN;
     if constexpr (Config::kMajorB == Major::K) {
       CUTE_UNROLL
       for (int i = slice; i < slice + Config::kSliceN; i += Config::kBoxN) {
         load_shared_box<Config::kCluster>(map, barrier, destination + i * kTileK * 2, k,
-                                    work.column + i % Config::kPartN, i / Config::kPartN, work.expert);
+                                          work.column + i % Config::kPartN, i / Config::kPartN, work.expert);
       }
     } else {
       CUTE_UNROLL
       for (int i = slice; i < slice + Config::kSliceN; i += kBoxColumns) {
-        load_shared_box<Config::kCluster>(map, barrier, destination + i * kTileK * 2, work.column + i,
-                                    k, work.expert);
+        load_shared_box<Config::kCluster>(map, barrier, destination + i * kTileK * 2, work.column + i, k, work.expert);
       }
     }
   }
@@ -147,14 +146,17 @@ struct RowContraction {
     }
   }
 
-  __device__ static void load_b(const CUtensorMap* map, uint32_t barrier, uint32_t destination, const Work& work,
-                                int k, int block) {
+  __device__ static void load_b(const CUtensorMap* map, uint32_t barrier, uint32_t destination, const Work& work, int k,
+                                int block) {
     const RaggedRow rows = ragged_row(k, work.k_end);
     const int slice = block * Config::kSliceN;
+    // A box wholly outside a ragged map faults, for the map's rows overlap: the last one inside stands in for it, and
+    // what it gives is never stored.
+    const int last = (work.columns - 1) / kBoxColumns * kBoxColumns;
     CUTE_UNROLL
     for (int i = slice; i < slice + Config::kSliceN; i += kBoxColumns) {
-      load_shared_box<Config::kCluster>(map, barrier, destination + i * kTileK * 2, work.column + i,
-                                  rows.inner, rows.outer);
+      load_shared_box<Config::kCluster>(map, barrier, destination + i * kTileK * 2, min(work.column + i, last),
+                                        rows.inner, rows.outer);
     }
   }
 

@@ -95,14 +95,10 @@ __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acqui
 
 // ---- tensor copies -------------------------------------------------------------------------------
 
-__device__ inline void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 __device__ inline void load_3d(const CUtensorMap* map, uint32_t barrier, uint32_t destination, int x, int y, int z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          destination),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(destination),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
@@ -165,9 +161,7 @@ __device__ inline void copy_16(uint32_t destination, const void* source, uint32_
                : "memory");
 }
 
-__device__ inline void prefetch(const void* address) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
-}
+__device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L1 [%0];" ::"l"(address)); }
 
 // Arrives once all copies that this thread has issued have landed; counts as one of the barrier's arrivals.
 __device__ inline void mbarrier_arrive_copies(uint32_t barrier) {

@@ -17,12 +17,12 @@ struct Schedule {
   const int32_t* offsets;  // [experts + 1]
   int32_t* counter;        // zero at launch
   int experts;
-  int rows;                // M, the clamp of every offset
-  int row_tile;            // rows of a cluster's tile; 0 where rows are the contraction
-  int m_tiles;             // tiles of an expert along M where rows are the contraction
-  int n_tiles;             // tiles of an expert along N
-  int group;               // m-tiles that share the n-tiles of one sweep, so that a wave of tiles is about square
-  int many_rows;           // experts with more rows go first, where rows are the contraction: long tiles start early
+  int rows;       // M, the clamp of every offset
+  int row_tile;   // rows of a cluster's tile; 0 where rows are the contraction
+  int m_tiles;    // tiles of an expert along M where rows are the contraction
+  int n_tiles;    // tiles of an expert along N
+  int group;      // m-tiles that share the n-tiles of one sweep, so that a wave of tiles is about square
+  int many_rows;  // experts with more rows go first, where rows are the contraction: long tiles start early
 };
 
 // A cluster's tile: tile (m, n) of an expert that owns rows row_begin .. row_end. After the last tile comes one whose
@@ -35,15 +35,47 @@ struct Tile {
   int n;
 };
 
-// Lane l of the warp holds expert `first_expert_ + l`, so that finding a tile costs a ballot, and moving on costs a
-// scan over the next 32 experts. All lanes call every function together.
+// The rows of 32 experts at a time, one expert a lane. Offsets count as their running maximum, clamped to [0, rows].
+// All lanes call every function together.
+class ExpertScan {
+ public:
+  __device__ explicit ExpertScan(const Schedule& schedule) : schedule_(schedule) { restart(); }
+
+  __device__ void restart() { first_row_ = last_row_ = clamp_row(schedule_.offsets[0]); }
+
+  // The experts from `first` on, which must follow those of the last call.
+  __device__ void load(int first) {
+    const int lane = threadIdx.x % 32;
+    exists_ = first + lane < schedule_.experts;
+    end_ = max(exists_ ? clamp_row(schedule_.offsets[first + lane + 1]) : 0, last_row_);
+    for (int distance = 1; distance < 32; distance *= 2) end_ = max(end_, __shfl_up_sync(~0u, end_, distance));
+    const int left = __shfl_up_sync(~0u, end_, 1);
+    begin_ = lane == 0 ? last_row_ : left;
+    last_row_ = __shfl_sync(~0u, end_, 31);
+  }
+
+  __device__ bool exists() const { return exists_; }
+  __device__ int begin() const { return begin_; }
+  __device__ int end() const { return end_; }
+  __device__ int first_row() const { return first_row_; }
+  __device__ int last_row() const { return last_row_; }
+
+ private:
+  __device__ int clamp_row(int row) const { return min(max(row, 0), schedule_.rows); }
+
+  const Schedule& schedule_;
+  bool exists_ = false;
+  int begin_ = 0;
+  int end_ = 0;
+  int first_row_ = 0;
+  int last_row_ = 0;
+};
+
+// Finding a tile costs a ballot over 32 experts, and moving on a scan over the next 32. An expert without rows has no
+// tiles: every tile has something to multiply. All lanes of a warp call every function together.
 class Scheduler {
  public:
-  __device__ explicit Scheduler(const Schedule& schedule) : schedule_(schedule), lane_(threadIdx.x % 32) {
-    first_row_ = clamp_row(schedule_.offsets[0]);
-    row_end_ = first_row_;
-    load_experts();
-  }
+  __device__ explicit Scheduler(const Schedule& schedule) : schedule_(schedule), experts_(schedule) { load_experts(); }
 
   // Tile number `index` of all tiles. From call to call the index must not fall.
   __device__ Tile find(int index) {
@@ -51,10 +83,10 @@ class Scheduler {
       first_tile_ += shfl(last_, 31);
       first_expert_ += 32;
       if (first_expert_ >= schedule_.experts) {
-        if (schedule_.row_tile != 0 || second_pass_) return {-1, first_row_, row_end_, 0, 0};
+        if (schedule_.row_tile != 0 || second_pass_) return {-1, experts_.first_row(), experts_.last_row(), 0, 0};
         second_pass_ = true;
         first_expert_ = 0;
-        row_end_ = first_row_;
+        experts_.restart();
       }
       load_experts();
     }
@@ -63,37 +95,29 @@ class Scheduler {
     const int before = owner == 0 ? 0 : shfl(last_, owner - 1);
     Tile tile;
     tile.expert = first_expert_ + owner;
-    tile.row_begin = shfl(begin_, owner);
-    tile.row_end = shfl(end_, owner);
+    tile.row_begin = shfl(experts_.begin(), owner);
+    tile.row_end = shfl(experts_.end(), owner);
     place(tile, local - before);
     return tile;
   }
 
  private:
   __device__ static int shfl(int value, int lane) { return __shfl_sync(~0u, value, lane); }
-  __device__ int clamp_row(int row) const { return min(max(row, 0), schedule_.rows); }
 
   // Where rows are the contraction, a pass takes either the experts with many rows or the others.
   __device__ int tiles_of(int rows) const {
     if (schedule_.row_tile != 0) return ceil_div(rows, schedule_.row_tile) * schedule_.n_tiles;
-    return (rows > schedule_.many_rows) != second_pass_ ? schedule_.m_tiles * schedule_.n_tiles : 0;
+    return rows > 0 && (rows > schedule_.many_rows) != second_pass_ ? schedule_.m_tiles * schedule_.n_tiles : 0;
   }
 
-  // Scans 32 experts: the running maximum of their ends, and the running sum of their tiles.
   __device__ void load_experts() {
-    const int expert = first_expert_ + lane_;
-    const bool exists = expert < schedule_.experts;
-    int end = max(exists ? clamp_row(schedule_.offsets[expert + 1]) : 0, row_end_);
-    for (int distance = 1; distance < 32; distance *= 2) end = max(end, __shfl_up_sync(~0u, end, distance));
-    const int left = __shfl_up_sync(~0u, end, 1);
-    begin_ = lane_ == 0 ? row_end_ : left;
-    end_ = end;
-    last_ = exists ? tiles_of(end_ - begin_) : 0;
+    experts_.load(first_expert_);
+    last_ = experts_.exists() ? tiles_of(experts_.end() - experts_.begin()) : 0;
+    const int lane = threadIdx.x % 32;
     for (int distance = 1; distance < 32; distance *= 2) {
       const int sum = __shfl_up_sync(~0u, last_, distance);
-      if (lane_ >= distance) last_ += sum;
+      if (lane >= distance) last_ += sum;
     }
-    row_end_ = shfl(end_, 31);
   }
 
   // Tiles run down a group of m-tiles before the next n-tile: neighbours share the weight tile.
@@ -109,22 +133,18 @@ class Scheduler {
   }
 
   const Schedule& schedule_;
-  int lane_;
+  ExpertScan experts_;
   bool second_pass_ = false;
   int first_expert_ = 0;
   int first_tile_ = 0;
-  int begin_ = 0;      // this lane's expert: its rows
-  int end_ = 0;
-  int last_ = 0;       // tiles of the lanes up to this one
-  int row_end_ = 0;
-  int first_row_ = 0;
+  int last_ = 0;  // tiles of the lanes up to this one
 };
 
 // The tiles of one cluster: put in by its first block's first loading warp, read by all warps of all its blocks.
 template <class Config>
 class TileQueue {
   static constexpr int kSlotBytes = 32;
-  static_assert(sizeof(Tile) <= kSlotBytes && Config::kCluster * kSlotBytes / 4 <= 32);
+  static_assert(sizeof(Tile) <= kSlotBytes);
 
  public:
   __device__ explicit TileQueue(typename Config::Shared& shared)
@@ -139,23 +159,23 @@ class TileQueue {
     }
   }
 
-  // By a whole warp of the first block: each lane writes one field of one block's copy.
+  // By a whole warp of the first block. One lane writes and announces a block's copy, so that the announcement
+  // releases that lane's own writes.
   __device__ void publish(const Tile& tile) {
     const int slot = published_ % kTileSlots;
     while (!ptx::mbarrier_try_wait(empty_ + slot * 8, published_ / kTileSlots % 2 ^ 1)) {
     }
-    const int lane = threadIdx.x % 32;
-    const int field = lane % 8;
-    const int value = field == 0   ? tile.expert
-                      : field == 1 ? tile.row_begin
-                      : field == 2 ? tile.row_end
-                      : field == 3 ? tile.m
-                                   : tile.n;
-    if (lane / 8 < Config::kCluster) {
-      ptx::store_cluster(ptx::map_to_block(tiles_ + slot * kSlotBytes + field * 4, lane / 8), value);
+    const int block = threadIdx.x % 32;
+    if (block < Config::kCluster) {
+      const uint32_t copy = ptx::map_to_block(tiles_ + slot * kSlotBytes, block);
+      ptx::store_cluster(copy, tile.expert);
+      ptx::store_cluster(copy + 4, tile.row_begin);
+      ptx::store_cluster(copy + 8, tile.row_end);
+      ptx::store_cluster(copy + 12, tile.m);
+      ptx::store_cluster(copy + 16, tile.n);
+      ptx::mbarrier_release_cluster(ptx::map_to_block(full_ + slot * 8, block));
     }
     __syncwarp();
-    if (lane < Config::kCluster) ptx::mbarrier_release_cluster(ptx::map_to_block(full_ + slot * 8, lane));
     ++published_;
   }
 
@@ -172,11 +192,11 @@ class TileQueue {
     const int slot = received_ % kTileSlots;
     while (!ptx::mbarrier_acquire_cluster(full_ + slot * 8, received_ / kTileSlots % 2)) {
     }
-    // The shuffles make sure that the fields are in registers before the slot is given back.
     const int field = ptx::load_shared(tiles_ + slot * kSlotBytes + threadIdx.x % 8 * 4);
     const Tile tile{__shfl_sync(~0u, field, 0), __shfl_sync(~0u, field, 1), __shfl_sync(~0u, field, 2),
                     __shfl_sync(~0u, field, 3), __shfl_sync(~0u, field, 4)};
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_cluster(ptx::map_to_block(empty_ + slot * 8, 0));
+    // The slot is given back once its fields are in registers: released after they have been read and shuffled.
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_release_cluster(ptx::map_to_block(empty_ + slot * 8, 0));
     ++received_;
     return tile;
   }

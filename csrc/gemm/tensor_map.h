@@ -51,12 +51,10 @@ CUtensorMap make_map(DType dtype, const void* base, const std::array<int64_t, kR
     steps[i] = 1;
     if (i + 1 < kRank) pitches[i] = static_cast<cuuint64_t>(strides[i] * size_of(dtype));
   }
-  const auto type =
-      dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult status =
-      encode_tiled()(&map, type, kRank, const_cast<void*>(base), dims, pitches, extents, steps,
-                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult status = encode_tiled()(&map, type, kRank, const_cast<void*>(base), dims, pitches, extents, steps,
+                                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   require(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a tensor of rank " + std::to_string(kRank) +
                                       " (CUresult " + std::to_string(static_cast<int>(status)) + ")");
   return map;
@@ -68,8 +66,7 @@ CUtensorMap make_map(DType dtype, const void* base, const std::array<int64_t, kR
 // inner = 64 - n, outer = row + n holds exactly the n rows from `row` on. See ragged_row in operands.cuh.
 inline CUtensorMap make_ragged_map(DType dtype, const void* base, int64_t rows, int64_t columns, int64_t stride) {
   const auto* shifted = static_cast<const char*>(base) - kRaggedRows * stride * size_of(dtype);
-  return make_map<3>(dtype, shifted, {columns, kRaggedRows, rows + 1}, {stride, stride},
-                     {kBoxColumns, kRaggedRows, 1});
+  return make_map<3>(dtype, shifted, {columns, kRaggedRows, rows + 1}, {stride, stride}, {kBoxColumns, kRaggedRows, 1});
 }
 
 // The same for [rows, parts, columns] contiguous: coordinates (column, part, inner, outer).

@@ -53,7 +53,7 @@ struct ActivateTile {
       for (int i = 0; i < kStagingBoxes; ++i) {
         const int part = (chunk + i) / kChunks;
         const OutputBox at = Product::output_box(work_, half_ * kHalfRows, (chunk + i) % kChunks * kBoxColumns);
-        ptx::store_4d(&params_.h, staging.box(i), at.x, part, at.y, at.z);
+        if (at.x < work_.columns) ptx::store_4d(&params_.h, staging.box(i), at.x, part, at.y, at.z);
       }
     });
   }
@@ -78,7 +78,7 @@ struct ActivateTile {
       CUTE_UNROLL
       for (int i = 0; i < kStagingBoxes; ++i) {
         const OutputBox at = Product::output_box(work_, half_ * kHalfRows, (chunk + i) * kBoxColumns);
-        ptx::store_3d(&params_.a, staging.box(i), at.x, at.y, at.z);
+        if (at.x < work_.columns) ptx::store_3d(&params_.a, staging.box(i), at.x, at.y, at.z);
       }
     });
   }

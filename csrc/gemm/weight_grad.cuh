@@ -15,9 +15,16 @@ void run_weight_grad(const GroupedWeightGradParams& p, cudaStream_t stream) {
   params.a = make_ragged_map(p.dtype, p.dy, p.rows, p.columns, p.dy_stride);
   params.b = make_ragged_map(p.dtype, p.x, p.rows, p.contraction, p.x_stride);
   params.epilogue.out = make_weight_map(p.dtype, p.out, p.experts, p.columns, p.contraction, kHalfRows);
-  params.schedule = {p.offsets, p.counter, checked_int(p.experts, "experts"), checked_int(p.rows, "rows"), 0,
-                     checked_int(m_tiles, "columns"), checked_int(n_tiles, "contraction"), kSweep,
+  params.schedule = {p.offsets,
+                     p.counter,
+                     checked_int(p.experts, "experts"),
+                     checked_int(p.rows, "rows"),
+                     0,
+                     checked_int(m_tiles, "columns"),
+                     checked_int(n_tiles, "contraction"),
+                     kSweep,
                      checked_int(2 * p.rows / p.experts, "rows")};
+  params.zeroed[0] = {p.out, p.columns * p.contraction};
   params.extents = {checked_int(p.columns, "columns"), checked_int(p.contraction, "contraction")};
   checked_int(p.experts * m_tiles * n_tiles, "the number of tiles");
   launch_kernel<Config, RowContraction, StoreTile>(params, p.experts * m_tiles * n_tiles, stream);

@@ -13,13 +13,13 @@ namespace ling {
 namespace route {
 namespace {
 
-constexpr int kRounds = 4;                    // pairs per thread and tile
+constexpr int kRounds = 4;  // pairs per thread and tile
 constexpr int kMaxBlocks = 128;
-constexpr int64_t kMaxTable = 1 << 17;        // entries of the chunk demand table that each block reads
+constexpr int64_t kMaxTable = 1 << 17;  // entries of the chunk demand table that each block reads
 constexpr size_t kSharedLimit = 48 * 1024;
 
 struct Plan {
-  int warps;      // of a scatter block
+  int warps;  // of a scatter block
   int blocks;
   int64_t chunk;  // pairs of a block, a multiple of its tile
 };
@@ -167,8 +167,13 @@ struct Scatter {
   uint16_t* counts;  // [kWarps + 1, E] pairs of earlier warps in the tile; last, of all warps
 
   __device__ Scatter(int* shared, int experts)
-      : warp_sums(shared), tile_pairs(shared + 32), tile_rows(tile_pairs + kTile), next(tile_rows + kTile),
-        end(next + experts), tile_start(end + experts), counts(reinterpret_cast<uint16_t*>(tile_start + experts)) {}
+      : warp_sums(shared),
+        tile_pairs(shared + 32),
+        tile_rows(tile_pairs + kTile),
+        next(tile_rows + kTile),
+        end(next + experts),
+        tile_start(end + experts),
+        counts(reinterpret_cast<uint16_t*>(tile_start + experts)) {}
   static size_t bytes(int experts) {
     return (32 + 2 * kTile + 3 * experts) * sizeof(int) + (kWarps + 1) * experts * sizeof(uint16_t);
   }

@@ -16,35 +16,35 @@ namespace ling {
 
 // out[r] = b[expert of r] . a[r]; rows that belong to no expert become zero.
 struct GroupedGemmParams {
-  const void* a;            // [rows, contraction], row stride a_stride
-  const void* b;            // [experts, columns, contraction], or [experts, contraction, columns] if b_transposed
-  const int32_t* offsets;   // [experts + 1]
-  void* out;                // [rows, columns] contiguous
-  int32_t* counter;         // [1] workspace of this call alone; contents do not matter
-  int64_t rows;             // M
-  int64_t columns;          // N, a multiple of 8
-  int64_t contraction;      // Kd, a multiple of 8
-  int64_t experts;          // E
-  int64_t a_stride;         // elements
+  const void* a;           // [rows, contraction], row stride a_stride
+  const void* b;           // [experts, columns, contraction], or [experts, contraction, columns] if b_transposed
+  const int32_t* offsets;  // [experts + 1]
+  void* out;               // [rows, columns] contiguous
+  int32_t* counter;        // [1] workspace of this call alone; contents do not matter
+  int64_t rows;            // M
+  int64_t columns;         // N, a multiple of 8
+  int64_t contraction;     // Kd, a multiple of 8
+  int64_t experts;         // E
+  int64_t a_stride;        // elements
   bool b_transposed;
-  DType dtype;              // of a, b and out
+  DType dtype;  // of a, b and out
 };
 void launch_grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream);
 
 // out[e] = dy[rows of e]^T . x[rows of e]; exactly zero for an expert without rows.
 struct GroupedWeightGradParams {
-  const void* dy;           // [rows, columns], row stride dy_stride
-  const void* x;            // [rows, contraction], row stride x_stride
-  const int32_t* offsets;   // [experts + 1]
-  void* out;                // [experts, columns, contraction] contiguous
-  int32_t* counter;         // [1] workspace of this call alone; contents do not matter
-  int64_t rows;             // M
-  int64_t columns;          // N, a multiple of 8
-  int64_t contraction;      // Kd, a multiple of 8
-  int64_t experts;          // E
-  int64_t dy_stride;        // elements
-  int64_t x_stride;         // elements
-  DType dtype;              // of dy, x and out
+  const void* dy;          // [rows, columns], row stride dy_stride
+  const void* x;           // [rows, contraction], row stride x_stride
+  const int32_t* offsets;  // [experts + 1]
+  void* out;               // [experts, columns, contraction] contiguous
+  int32_t* counter;        // [1] workspace of this call alone; contents do not matter
+  int64_t rows;            // M
+  int64_t columns;         // N, a multiple of 8
+  int64_t contraction;     // Kd, a multiple of 8
+  int64_t experts;         // E
+  int64_t dy_stride;       // elements
+  int64_t x_stride;        // elements
+  DType dtype;             // of dy, x and out
 };
 void launch_grouped_weight_grad(const GroupedWeightGradParams& params, cudaStream_t stream);
 
@@ -63,14 +63,14 @@ struct MoeUpParams {
   void* a;                   // [rows, columns]
   int32_t* counter;          // [1] workspace of this call alone; contents do not matter
   int64_t rows;
-  int64_t columns;           // I, a multiple of 8
-  int64_t contraction;       // H, a multiple of 8
+  int64_t columns;      // I, a multiple of 8
+  int64_t contraction;  // H, a multiple of 8
   int64_t experts;
   int64_t tokens;
-  int64_t x_stride;          // elements
+  int64_t x_stride;  // elements
   Activation activation;
-  float limit;               // clamps the factors of a gated activation; infinity for none
-  DType dtype;               // of x, weight, h and a
+  float limit;  // clamps the factors of a gated activation; infinity for none
+  DType dtype;  // of x, weight, h and a
 };
 void launch_moe_up(const MoeUpParams& params, cudaStream_t stream);
 
@@ -91,15 +91,15 @@ struct MoeDactParams {
   float* partial;            // [dact_partials(columns), rows] workspace
   int32_t* counter;          // [1] workspace of this call alone; contents do not matter
   int64_t rows;
-  int64_t columns;           // I, a multiple of 8
-  int64_t contraction;       // H, a multiple of 8
+  int64_t columns;      // I, a multiple of 8
+  int64_t contraction;  // H, a multiple of 8
   int64_t experts;
   int64_t tokens;
   int64_t pairs;
-  int64_t dout_stride;       // elements
+  int64_t dout_stride;  // elements
   Activation activation;
   float limit;
-  DType dtype;               // of dout, weight, h, dh and wa
+  DType dtype;  // of dout, weight, h, dh and wa
 };
 int64_t dact_partials(int64_t columns);
 void launch_moe_dact(const MoeDactParams& params, cudaStream_t stream);

@@ -10,14 +10,14 @@
 namespace ling {
 
 struct PermuteParams {
-  const void* x;                  // [T,H]
-  const int32_t* row_token;       // [T*K]
-  const int32_t* token_row;       // [T,K], or null: then x is read once a row instead of once a token
-  const int32_t* num_rows;        // [] M
-  void* rows;                     // [T*K,H]; zero from row M on
-  DType dtype;                    // of x and rows: fp32, bf16, fp16
+  const void* x;             // [T,H]
+  const int32_t* row_token;  // [T*K]
+  const int32_t* token_row;  // [T,K], or null: then x is read once a row instead of once a token
+  const int32_t* num_rows;   // [] M
+  void* rows;                // [T*K,H]; zero from row M on
+  DType dtype;               // of x and rows: fp32, bf16, fp16
   int64_t tokens;
-  int64_t pairs;                  // T*K
+  int64_t pairs;  // T*K
   int choices;
   int64_t hidden;
 };
@@ -33,7 +33,7 @@ struct CombineParams {
   void* out;                 // [T,H]
   DType dtype;               // of rows, residual, out
   int64_t tokens;
-  int64_t num_rows;          // of `rows`
+  int64_t num_rows;  // of `rows`
   int choices;
   int64_t hidden;
 };
@@ -41,17 +41,17 @@ struct CombineParams {
 void launch_combine(const CombineParams& params, cudaStream_t stream);
 
 struct CombineBackwardParams {
-  const void* grad_out;       // [T,H]
-  const void* rows;           // [T*K,H]
-  const int32_t* row_pair;    // [T*K]
-  const int32_t* token_row;   // [T,K], or null: then grad_out is read once a row instead of once a token
-  const float* weights;       // [T,K], or null for ones
-  const int32_t* num_rows;    // [] M
-  void* grad_rows;            // [T*K,H] weights * grad_out; zero from row M on
-  float* grad_weights;        // [T,K] <grad_out, row>; 0 where dropped
-  DType dtype;                // of grad_out, rows, grad_rows
+  const void* grad_out;      // [T,H]
+  const void* rows;          // [T*K,H]
+  const int32_t* row_pair;   // [T*K]
+  const int32_t* token_row;  // [T,K], or null: then grad_out is read once a row instead of once a token
+  const float* weights;      // [T,K], or null for ones
+  const int32_t* num_rows;   // [] M
+  void* grad_rows;           // [T*K,H] weights * grad_out; zero from row M on
+  float* grad_weights;       // [T,K] <grad_out, row>; 0 where dropped
+  DType dtype;               // of grad_out, rows, grad_rows
   int64_t tokens;
-  int64_t pairs;              // T*K
+  int64_t pairs;  // T*K
   int choices;
   int64_t hidden;
 };

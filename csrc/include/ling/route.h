@@ -14,22 +14,22 @@ constexpr int64_t kMaxRoutePairs = 2147483647;
 
 // pair = token * K + choice. Pairs with an id outside [0,E) or of a masked token are skipped.
 struct RouteParams {
-  const void* indices;       // [T,K] contiguous
-  DType index_dtype;         // int32, int64
-  const int32_t* capacity;   // [1] or [E], or null; negative counts as 0
-  int capacity_stride;       // 0 for [1], 1 for [E]
-  const float* weights;      // [T,K], for by_probability
-  const bool* token_mask;    // [T], false: skip the token; or null
-  int32_t* expert_counts;    // [E] demand before any drop
-  int32_t* expert_offsets;   // [E+1]
-  int32_t* row_token;        // [T*K], -1 past the last row
-  int32_t* row_pair;         // [T*K], -1 past the last row
-  int32_t* token_row;        // [T,K], -1 where dropped or skipped
-  int32_t* workspace;        // [route_workspace()]
-  int64_t tokens;            // T; T * K <= kMaxRoutePairs
-  int choices;               // K
-  int experts;               // E <= kMaxRouteExperts
-  bool by_probability;       // who stays: the largest weights (ties: lower pair, NaN last), else the first pairs
+  const void* indices;      // [T,K] contiguous
+  DType index_dtype;        // int32, int64
+  const int32_t* capacity;  // [1] or [E], or null; negative counts as 0
+  int capacity_stride;      // 0 for [1], 1 for [E]
+  const float* weights;     // [T,K], for by_probability
+  const bool* token_mask;   // [T], false: skip the token; or null
+  int32_t* expert_counts;   // [E] demand before any drop
+  int32_t* expert_offsets;  // [E+1]
+  int32_t* row_token;       // [T*K], -1 past the last row
+  int32_t* row_pair;        // [T*K], -1 past the last row
+  int32_t* token_row;       // [T,K], -1 where dropped or skipped
+  int32_t* workspace;       // [route_workspace()]
+  int64_t tokens;           // T; T * K <= kMaxRoutePairs
+  int choices;              // K
+  int experts;              // E <= kMaxRouteExperts
+  bool by_probability;      // who stays: the largest weights (ties: lower pair, NaN last), else the first pairs
 };
 
 // int32 elements of workspace that launch_route needs.
