@@ -117,7 +117,8 @@ def test_side_stream(device: torch.device, name: str) -> None:
         for stale in step():  # memory for this stream, without the right answer in it
             stale.fill_(-7)
     torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000_000)
+    # seconds: other processes of a parallel run share the GPU, and take their turns meanwhile
+    torch.cuda._sleep(5_000_000_000)
     woken = torch.cuda.Event()
     woken.record()
     with torch.cuda.stream(stream):
@@ -248,7 +249,9 @@ def test_nothing_uninitialised_is_read(
     torch.cuda.empty_cache()
     for a, b in zip(actual, truth(step), strict=True):
         assert a.isnan().sum() == b.isnan().sum()
-        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+        # bf16 results of sums whose terms cancel: what counts is the error beside the largest
+        scale = float(b.abs().max()) if b.is_floating_point() else 0.0
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=max(5e-2, 2e-2 * scale))
 
 
 def take_all_memory() -> list[torch.Tensor]:
