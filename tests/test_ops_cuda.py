@@ -114,11 +114,12 @@ def test_side_stream(device: torch.device, name: str) -> None:
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        for stale in step():  # memory for this stream, without the right answer in it
-            stale.fill_(-7)
+        for stale, right in zip(step(), expected, strict=True):
+            int((stale != right).sum())  # a kernel's first use loads it, which waits for the GPU
+            stale.fill_(-7)  # memory for this stream, without the right answer in it
     torch.cuda.synchronize()
     # seconds: other processes of a parallel run share the GPU, and take their turns meanwhile
-    torch.cuda._sleep(5_000_000_000)
+    torch.cuda._sleep(3_000_000_000)
     woken = torch.cuda.Event()
     woken.record()
     with torch.cuda.stream(stream):
