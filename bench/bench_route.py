@@ -109,7 +109,8 @@ def move_cases(tokens: int, hidden: int, experts: int) -> Iterator[Case]:
     yield case(
         "combine", "bwd", move, "combine_backward",
         lambda i: ops.combine_backward(
-            grad_out, rows[i], routing.row_pair, weights, routing.expert_offsets
+            grad_out, rows[i], routing.row_pair, weights, routing.expert_offsets,
+            routing.token_row,
         ),
         combine_backward_torch,
     )  # fmt: skip
