@@ -254,3 +254,26 @@ def test_grouped_mm_refuses_what_torch_refuses(device: torch.device) -> None:
         for function, error in ((grouped_mm, ValueError), (F.grouped_mm, RuntimeError)):
             with pytest.raises(error):
                 function(a, b, offs=offs, **option)
+
+
+# --- weight gradients ----------------------------------------------------------------------------
+@pytest.mark.parametrize("style", ["full", "tail", "empty_experts", "one_expert"])
+@pytest.mark.parametrize(
+    "rows,columns,contraction,experts",
+    # outputs that end within a 64-column box, or leave whole boxes of a tile outside
+    [(700, 264, 520, 8), (757, 8, 296, 22), (96, 40, 32, 3), (1, 8, 8, 1), (1500, 72, 136, 300)],
+)
+def test_weight_gradient_of_ragged_shapes(
+    device: torch.device, rows: int, columns: int, contraction: int, experts: int, style: str
+) -> None:
+    gen = generator(rows)
+    dy = torch.randn(rows, columns, generator=gen).bfloat16().to(device)
+    x = torch.randn(rows, contraction, generator=gen).bfloat16().to(device)
+    offsets = make_offsets(experts, rows, style, 5).to(device)
+    out = torch.ops.ling_ops.grouped_gemm_dw(dy, x, offsets)
+    spans = [slice(first, end) for first, end in pairwise(offsets.tolist())]
+    exact = torch.stack([dy[s].double().T @ x[s].double() for s in spans])
+    size = torch.stack([dy[s].double().abs().T @ x[s].double().abs() for s in spans])
+    assert_within(out, exact, magnitude=size, length=rows)
+    for span, gradient in zip(spans, out, strict=True):
+        assert span.stop > span.start or not gradient.any()
