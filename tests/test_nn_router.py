@@ -6,10 +6,12 @@ import contextlib
 
 import pytest
 import torch
+from tolerances import assert_within
 from torch.nn import functional as F
 
 import ling_ops
 from ling_ops.nn import Router
+from ling_ops.nn._router_product import router_product
 from ling_ops.ops.gate_losses import probabilities
 
 H, E, K, T = 16, 8, 2, 12
@@ -63,7 +65,7 @@ def test_bias_of_the_linear_map(device):
     router, x = make(device, bias=True), tokens(device)
     with torch.no_grad():
         router.bias.normal_()
-    assert torch.equal(router(x).logits, F.linear(x, router.weight, router.bias))
+    torch.testing.assert_close(router(x).logits, F.linear(x, router.weight, router.bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -75,7 +77,8 @@ def test_low_precision_never_reaches_the_logits(dtype, autocast, device):
     with context:
         out = router(x)
     assert out.logits.dtype == out.weights.dtype == torch.float32
-    assert torch.equal(out.logits, F.linear(x.float(), router.weight.float()))
+    # rounding to bf16 or fp16 anywhere would show at 1e-3
+    torch.testing.assert_close(out.logits, F.linear(x.float(), router.weight.float()))
     assert out.losses["z_loss"].dtype == torch.float32
     out.weights.sum().backward()
     assert router.weight.grad.dtype == dtype
@@ -241,3 +244,21 @@ def test_bad_input(device):
         router(x, indices=torch.zeros(T, K, device=device))
     with pytest.raises(ValueError, match="sequence_length must be the tokens per sequence"):
         router(x)
+
+
+@pytest.mark.cuda
+def test_bf16_product_is_as_exact_as_fp32(device):
+    """Logits and gradients of the tensor-core product against float64, at a size that adds up."""
+    x = torch.randn(300, 512, device=device).bfloat16().requires_grad_()
+    weight = (torch.randn(40, 512, device=device) * 512**-0.5).bfloat16().requires_grad_()
+    upstream = torch.randn(300, 40, device=device)
+    logits = router_product(x, weight)
+    assert logits.dtype == torch.float32
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = F.linear(*wide)
+    assert_within(logits, exact, magnitude=(wide[0].abs() @ wide[1].abs().t()), length=512)
+    got = torch.autograd.grad(logits, (x, weight), upstream)
+    expected = torch.autograd.grad(exact, wide, upstream.double())
+    for name, one, other in zip(("x", "weight"), got, expected, strict=True):
+        size = other.abs().max().item()
+        assert_within(one, other, roundings=1, magnitude=size, length=512, name=name)

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ling_ops import ops
 from ling_ops.ops.gate_losses import LossCoefficients, router_losses, topk_gate_with_losses
 
 from ._common import check_positive, init_normal, without_autocast
+from ._router_product import router_product
 
 
 class RouterOutput(NamedTuple):
@@ -218,12 +218,11 @@ class Router(nn.Module):
         return weights * self.scale
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(dtype)
         if self.training and self.jitter > 0:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             x = x * torch.empty_like(x).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x, self.weight.to(dtype), bias)
+        logits = router_product(x, self.weight)
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def _check_input(
         self, x: torch.Tensor, token_mask: torch.Tensor | None, indices: torch.Tensor | None
