@@ -2,6 +2,9 @@
 
 Gradients of x, the expert weights and the router weight; no shared expert, no losses.  Every
 provider computes the router product as one bf16 product; floors leave the router out.
+
+One more pair of rows, ``module_fwd_bwd``: ``nn.MoE`` with a shared expert, balancing losses and
+``stats()``, beside the same work from plain ops without losses and statistics ("ling_ops bare").
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from harness import Case, main, normal
+from harness import BYTE_RATE, DEVICE, FLOP_RATE, Case, main, normal
 from peers import torch_experts, transformers_experts
 from shapes import TRAINING, Layer, forward_floor, training_floor
 
 import ling_ops
+from ling_ops.nn import MoE
 
 Forward = Callable[[], torch.Tensor]
 
@@ -76,10 +80,39 @@ def layer_cases(layer: Layer) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def module_case(layer: Layer) -> Case:
+    t, h, i, e, k = layer
+    options = {"num_shared_experts": 1, "balance_coefficient": 1e-2, "z_loss_coefficient": 1e-3}
+    moe = MoE(h, e, k, i, **options, device=DEVICE, dtype=torch.bfloat16).train()
+    x, upstream = normal(t, h).requires_grad_(), normal(t, h)
+
+    def full(_: int) -> None:
+        moe(x).backward(upstream)
+        moe.stats()
+
+    def bare(_: int) -> None:
+        weights, indices = ling_ops.topk_gate(F.linear(x, moe.gate.weight), k)
+        experts = moe.experts
+        out = ling_ops.moe_mlp(x, experts.gate_up_proj, experts.down_proj, weights, indices)
+        (out + moe.shared_experts(x)).backward(upstream)
+
+    def drop_gradients() -> None:
+        x.grad = None
+        moe.zero_grad(set_to_none=True)
+
+    shared_ms = 1e3 * max(18 * t * h * i / FLOP_RATE, 24 * t * h / BYTE_RATE)
+    floor_ms = training_floor(layer) + shared_ms
+    return Case(
+        "moe_train", "module_fwd_bwd", layer._asdict(), "bfloat16", floor_ms,
+        {"ling_ops": full, "ling_ops bare": bare}, reset=drop_gradients,
+    )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
     for layer in TRAINING:
         yield from layer_cases(layer)
         torch.cuda.empty_cache()
+    yield module_case(TRAINING[0])
 
 
 if __name__ == "__main__":
