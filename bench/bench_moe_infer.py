@@ -1,4 +1,4 @@
-"""Inference of one layer given weights and ids: graph replays for decode, eager from T = 512 on."""
+"""Inference of one layer given weights and ids: graph replays over rotated tokens and routings."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from shapes import INFERENCE, Layer, forward_floor
 
 import ling_ops
 
-DECODE = (1, 4, 16, 64)
-PREFILL = (512, 2048, 8192, 32768)
-ROTATIONS = 8
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192, 32768)
 
 
 def token_cases(layer: Layer, gate_up: torch.Tensor, down: torch.Tensor) -> Iterator[Case]:
     theirs = transformers_experts(gate_up, down)
-    for tokens in DECODE + PREFILL:
+    for tokens in TOKENS:
         sized = layer._replace(T=tokens)
-        turns = ROTATIONS if tokens in DECODE else 2
+        turns = 8 if tokens <= 256 else 2  # from there on every call reads all experts
         x = [normal(tokens, layer.H) for _ in range(turns)]
         ids = [uniform_ids(tokens, layer.K, layer.E) for _ in range(turns)]
         weights = uniform(tokens, layer.K)
@@ -38,10 +36,8 @@ def token_cases(layer: Layer, gate_up: torch.Tensor, down: torch.Tensor) -> Iter
                 x[i], w.to(x[i].dtype), ids[i].long()
             )
         floor_ms = forward_floor(sized, used, training=False)
-        graph = tokens in DECODE
-        yield Case(
-            "moe_infer", "fwd", sized._asdict(), "bfloat16", floor_ms, providers, graph, turns
-        )
+        shape = sized._asdict()
+        yield Case("moe_infer", "fwd", shape, "bfloat16", floor_ms, providers, True, turns)
 
 
 def cases() -> Iterator[Case]:

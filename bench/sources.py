@@ -21,7 +21,8 @@ AREAS: dict[str, tuple[str, ...]] = {
     "route": ("csrc/route/*", "*/route.h", "*/route.py"),
     "permute": ("csrc/combine/*", "*/permute.h", "*/permute.py"),
     "gemm": ("csrc/gemm/*", "*/gemm.h", "*/gemm.py", "*/_autocast.py"),
-    "mlp": ("*/moe_mlp.py", "*/activation.py"),
+    "decode": ("csrc/decode/*", "*/decode.h", "*/_decode.py"),
+    "mlp": ("*/moe_mlp.py", "*/_fused_mlp.py", "*/activation.py"),
     "other": ("ling_ops/nn/*", "*/capacity.py", "*/losses.py", "*/gate_losses.py", "*/stats.py"),
 }
 PARTS: dict[str, tuple[str, ...]] = {
@@ -31,7 +32,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "permute": ("route", "permute"),
     "gemm": ("gemm",),
     "moe_train": ("gate", "route", "permute", "gemm", "mlp"),
-    "moe_infer": ("route", "permute", "gemm", "mlp"),
+    "moe_infer": ("route", "permute", "gemm", "mlp", "decode"),
 }
 
 

@@ -13,6 +13,7 @@
 #include "bindings_routing.h"
 #include "bindings_util.h"
 #include "ling/common.h"
+#include "ling/decode.h"
 #include "ling/gemm.h"
 
 namespace py = pybind11;
@@ -196,6 +197,65 @@ std::tuple<Tensor, Tensor, Tensor> moe_dact(Tensor dout, Tensor weight, Tensor h
   return {dh, wa, grad_weights};
 }
 
+// ---- decode --------------------------------------------------------------------------------------
+
+void check_bias(const char* label, const std::optional<Tensor>& bias, const Tensor& x, int64_t experts, int64_t width) {
+  if (bias) Arg("moe_decode", label, *bias).with(x).dtype({x.scalar_type()}).shape({experts, width}).contiguous();
+}
+
+Tensor moe_decode(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor indices,
+                  std::optional<Tensor> token_row, std::optional<Tensor> up_bias, std::optional<Tensor> down_bias,
+                  int64_t activation, double limit) {
+  const char* op = "moe_decode";
+  x = on_boundary(x);
+  proj = on_boundary(proj);
+  down_proj = on_boundary(down_proj);
+  Arg(op, "x", x).cuda().dtype({ScalarType::BFloat16, ScalarType::Half}).shape({-1, -1}).contiguous();
+  const int64_t tokens = x.size(0);
+  const int64_t hidden = x.size(1);
+  const Activation code = activation_code(op, activation);
+  const int64_t parts = is_gated(code) ? 2 : 1;
+  Arg(op, "down_proj", down_proj).with(x).dtype({x.scalar_type()}).shape({-1, hidden, -1}).contiguous();
+  const int64_t experts = down_proj.size(0);
+  const int64_t inner = down_proj.size(2);
+  Arg(op, "proj", proj).with(x).dtype({x.scalar_type()}).shape({experts, parts * inner, hidden}).contiguous();
+  expect(hidden % 8 == 0 && inner % 8 == 0, op, "down_proj must have multiples of 8; got ", shape_string(down_proj));
+  Arg(op, "indices", indices).with(x).dtype({ScalarType::Int, ScalarType::Long}).shape({tokens, -1}).contiguous();
+  const int64_t choices = indices.size(1);
+  Arg(op, "weights", weights).with(x).dtype({ScalarType::Float}).shape({tokens, choices}).contiguous();
+  if (token_row) {
+    Arg(op, "token_row", *token_row).with(x).dtype({ScalarType::Int}).shape({tokens, choices}).contiguous();
+  }
+  check_bias("up_bias", up_bias, x, experts, parts * inner);
+  check_bias("down_bias", down_bias, x, experts, hidden);
+  expect(tokens * choices <= kDecodeMaxPairs && experts <= kDecodeMaxExperts, op, "takes at most ", kDecodeMaxPairs,
+         " pairs and ", kDecodeMaxExperts, " experts; got ", tokens * choices, " and ", experts);
+  Tensor a = empty(x, {tokens * choices, inner}, x.scalar_type());
+  Tensor out = empty(x, {tokens, hidden}, x.scalar_type());
+  const Launch launch(x);
+  launch_moe_decode({.x = x.data_ptr(),
+                     .proj = proj.data_ptr(),
+                     .down_proj = down_proj.data_ptr(),
+                     .weights = input<float>(weights),
+                     .indices = indices.data_ptr(),
+                     .token_row = input<int32_t>(token_row),
+                     .up_bias = up_bias ? up_bias->data_ptr() : nullptr,
+                     .down_bias = down_bias ? down_bias->data_ptr() : nullptr,
+                     .a = a.data_ptr(),
+                     .out = out.data_ptr(),
+                     .hidden = hidden,
+                     .inner = inner,
+                     .tokens = static_cast<int>(tokens),
+                     .choices = static_cast<int>(choices),
+                     .experts = static_cast<int>(experts),
+                     .long_ids = indices.scalar_type() == ScalarType::Long,
+                     .activation = code,
+                     .limit = static_cast<float>(limit),
+                     .dtype = kernel_dtype(op, "x", x)},
+                    launch.stream());
+  return out;
+}
+
 // ---- module --------------------------------------------------------------------------------------
 
 std::string cuda_version(int version) {
@@ -235,6 +295,7 @@ STABLE_TORCH_LIBRARY_IMPL(ling_ops, CUDA, m) {
   m.impl("grouped_gemm_dw", TORCH_BOX(&grouped_gemm_dw));
   m.impl("moe_up", TORCH_BOX(&moe_up));
   m.impl("moe_dact", TORCH_BOX(&moe_dact));
+  m.impl("moe_decode", TORCH_BOX(&moe_decode));
 }
 
 PYBIND11_MODULE(_C, m) {

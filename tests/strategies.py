@@ -295,6 +295,11 @@ class MlpCase(Movable):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.x, self.gate_up, self.down, self.weights, self.indices
 
+    def take(self, tokens: Any) -> MlpCase:
+        """The same layer on some of the tokens: a slice or an index tensor."""
+        picked = {name: getattr(self, name)[tokens] for name in ("x", "weights", "indices")}
+        return replace(self, **picked)
+
 
 def make_mlp(
     tokens: int,

@@ -34,8 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
         if hasattr(module, "has_kernel"):
             monkeypatch.setattr(module, "has_kernel", lambda op: True)
     monkeypatch.setattr(modules["bench_gate"], "TOKENS", (16,))
-    monkeypatch.setattr(modules["bench_moe_infer"], "DECODE", (1,))
-    monkeypatch.setattr(modules["bench_moe_infer"], "PREFILL", (33,))
+    monkeypatch.setattr(modules["bench_moe_infer"], "TOKENS", (1, 33))
     yield modules | {"harness": harness, "peers": peers}
     for name in names:
         sys.modules.pop(name, None)

@@ -151,11 +151,12 @@ def test_a_new_token_count_does_not_recompile(device: torch.device) -> None:
         return lo.moe_mlp(x, case.gate_up, case.down, weights, indices, routing=routing)
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
-    for tokens in (19, 24, 7, 100):
-        x = torch.randn(tokens, 16, device=device).bfloat16()
-        logits = torch.randn(tokens, E, device=device)
-        torch.testing.assert_close(compiled(x, logits), layer(x, logits))
-    assert compilations == 1
+    for sizes, most in (((19, 24, 17, 100), 1), ((7, 3, 5), 2)):  # few tokens: decode's kernels
+        for tokens in sizes:
+            x = torch.randn(tokens, 16, device=device).bfloat16()
+            logits = torch.randn(tokens, E, device=device)
+            torch.testing.assert_close(compiled(x, logits), layer(x, logits))
+        assert compilations <= most
 
 
 def test_use_backend_is_honoured_when_compiled(device: torch.device) -> None:

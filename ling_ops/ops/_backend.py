@@ -25,6 +25,7 @@ KERNELS: dict[str, str] = {
     "grouped_gemm": "gemm_archs",
     "grouped_mm": "gemm_archs",
     "moe_mlp": "gemm_archs",
+    "moe_decode": "archs",
 }
 _BACKENDS = ("auto", "reference")
 _chosen = "auto"

@@ -191,5 +191,11 @@ _define(
     moe_mlp.moe_dact,
     _moe_dact_fake,
 )
+_define(
+    "moe_decode(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor indices, "
+    "Tensor? token_row, Tensor? up_bias, Tensor? down_bias, int activation, float limit) -> Tensor",
+    moe_mlp.moe_decode,
+    lambda x, *unused: x.new_empty(x.shape),
+)
 
 _extension.load()  # registers the CUDA kernels, if there are any; touches no device

@@ -11,6 +11,7 @@ from ..reference.route import Routing
 from . import _checks
 from ._autocast import autocast
 from ._backend import use_kernel
+from ._decode import moe_decode, runs_decode
 from ._fused_mlp import fused_moe_mlp
 from .gemm import grouped_gemm, tensor_core_unsupported
 from .permute import check_routing, permute, unpermute
@@ -66,13 +67,12 @@ def _check_gate(x: Tensor, weights: Tensor, indices: Tensor) -> None:
     _checks.same_device("indices", indices, "x", x)
 
 
-def _routing_for(routing: Routing | None, indices: Tensor, num_experts: int) -> Routing:
+def _check_routing(routing: Routing | None, indices: Tensor, num_experts: int) -> None:
     if routing is None:
-        return route(indices, num_experts)
+        return
     check_routing(routing, indices.device)
     _checks.shape("routing.token_row", routing.token_row, tuple(indices.shape), "[T, K]")
     _checks.shape("routing.expert_counts", routing.expert_counts, (num_experts,), "[E]")
-    return routing
 
 
 def moe_mlp(
@@ -93,7 +93,10 @@ def moe_mlp(
 
     out[t] = sum over k of weights[t,k] * down_e(act(gate_up_e(x[t]))), e = indices[t,k]. Products
     accumulate in fp32; so does the sum over k. A pair with an id outside [0, E), or dropped by
-    `routing`, adds exactly zero to the output and to every gradient.
+    `routing`, adds exactly zero to the output and to every gradient. A token's result is bitwise
+    the same in every batch; without gradients, few tokens (T <= 64, T * K <= 2 E, fewer
+    with large experts: `ling_ops.ops._decode.decode_limit`) are a class of their own, whose kernels
+    round elsewhere.
 
     Args:
         x: [T, H] float, differentiable.
@@ -106,7 +109,8 @@ def moe_mlp(
         down_bias: [E, H], or None; added before the gate weight; differentiable.
         activation: "swiglu", "geglu" (erf), "geglu_tanh", "gelu", "gelu_tanh", "silu", "relu2".
         swiglu_limit: L > 0: silu(g).clamp(max=L) * u.clamp(-L, L); for gated activations.
-        routing: from `ling_ops.route` with a capacity or mask; None routes all pairs (dropless).
+        routing: of these `indices`, from `ling_ops.route` with a capacity or mask; None routes all
+            pairs (dropless).
         main_grads: fp32 buffers in the shapes of gate_up_proj and down_proj. The weights'
             gradients are added to them, and the weights' own `.grad` stays None.
 
@@ -131,8 +135,24 @@ def moe_mlp(
                 f"swiglu_limit must be None for activation {activation!r}, got {swiglu_limit}"
             )
         _checks.positive("swiglu_limit", swiglu_limit)
-    routing = _routing_for(routing, indices, down_proj.shape[0])
+    num_experts = down_proj.shape[0]
+    _check_routing(routing, indices, num_experts)
     unsupported = tensor_core_unsupported(x.dtype, H=x.shape[1], I=down_proj.shape[2])
+    differentiable = (x, gate_up_proj, down_proj, weights, gate_up_bias, down_bias)
+    if unsupported is None and runs_decode(x, indices, down_proj, differentiable):
+        return moe_decode(
+            x,
+            gate_up_proj,
+            down_proj,
+            weights,
+            indices,
+            routing,
+            gate_up_bias,
+            down_bias,
+            activation=activation,
+            swiglu_limit=swiglu_limit,
+        )
+    routing = route(indices, num_experts) if routing is None else routing
     steps = reference.REFERENCE_STEPS
     if use_kernel("moe_mlp", x, unsupported):
         if gate_up_bias is None and down_bias is None:

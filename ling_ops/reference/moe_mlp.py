@@ -12,7 +12,7 @@ from .activation import ACTIVATIONS, activate, activation_backward
 from .gate import upcast
 from .gemm import grouped_gemm, loop_grouped_gemm, row_experts
 from .permute import combine, permute
-from .route import Routing
+from .route import Routing, route
 
 
 class Steps(NamedTuple):
@@ -122,3 +122,34 @@ def moe_dact(
     last = torch.where(row_pair >= 0, row_pair, weights.numel()).long()
     grad_weights = grad_weights.scatter_(0, last, sums)[:-1].view(weights.shape)
     return dh.to(h.dtype), torch.where(is_row, w * a, 0.0).to(h.dtype), grad_weights
+
+
+def moe_decode(
+    x: Tensor,
+    proj: Tensor,
+    down_proj: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    token_row: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: int,
+    limit: float,
+) -> Tensor:
+    """`moe_mlp` of the pairs whose `token_row` is not negative; None keeps all.
+
+    `activation` indexes `ACTIVATIONS`; `limit` is infinite for none.
+    """
+    if token_row is not None:
+        indices = torch.where(token_row >= 0, indices, -1)
+    return moe_mlp(
+        x,
+        proj,
+        down_proj,
+        weights,
+        route(indices, down_proj.shape[0]),
+        gate_up_bias=up_bias,
+        down_bias=down_bias,
+        activation=ACTIVATIONS[activation],
+        swiglu_limit=None if limit == float("inf") else limit,
+    )

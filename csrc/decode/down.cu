@@ -1,0 +1,134 @@
+// Decode, second half: out[t] = sum over k of w (down_e a[pair] + bias). A block owns 16 columns of the output and
+// walks all chosen experts, so the weighted sum needs no other kernel; each warp takes chunks of a product of its own.
+#include "decode.h"
+#include "slots.cuh"
+#include "stream.cuh"
+
+namespace ling::decode {
+namespace {
+
+constexpr int kColumns = 16;  // of the output, per block
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+
+// Into how many chunks an expert's contraction is cut: enough to occupy the warps for a single token. It depends on
+// the layer alone, so that a token's sums are cut alike in every batch.
+__host__ __device__ inline int chunks_for(int64_t inner, int choices) {
+  const int steps = static_cast<int>(ceil_div<int64_t>(inner, kStepLength));
+  const int wanted = kWarps / choices < 2 ? 2 : kWarps / choices;
+  const int most = ceil_div(steps, kBatch);
+  return wanted < most ? wanted : most;
+}
+
+template <typename Element>
+class Down {
+ public:
+  // y: [pair][chunk][column] in shared memory.
+  __device__ Down(const MoeDecodeParams& p, const Slots& slots, float* y) : p_(p), slots_(slots), y_(y) {
+    chunks_ = chunks_for(p.inner, p.choices);
+    const int steps = ceil_div(static_cast<int>(p.inner), kStepLength);
+    chunk_length_ = ceil_div(steps, chunks_) * kStepLength;
+    batches_ = ceil_div(chunk_length_, kStepLength * kBatch);
+  }
+
+  __device__ void run() {
+    const int units = slots_.count * chunks_;
+    if (units > 0) {
+      stream(*this, sums_, threadIdx.x / 32, units, kWarps, batches_);
+    } else {
+      ready();
+    }
+    __syncthreads();
+    combine();
+  }
+
+  __device__ Strip<Element> locate(int unit) const {
+    const int row = blockIdx.x * kColumns + threadIdx.x % 32 / 4;
+    const Element* weights =
+        static_cast<const Element*>(p_.down_proj) + (slots_.expert[unit / chunks_] * p_.hidden + row) * p_.inner;
+    return {weights, row + 8 < p_.hidden ? weights + 8 * p_.inner : nullptr, range_of(unit)};
+  }
+
+  // Weights, which no kernel writes, are on their way before the kernel in front has ended; a is read after that.
+  __device__ void ready() const { wait_for_previous(); }
+
+  __device__ void start(int unit) {
+    const int slot = unit / chunks_;
+    const int place = threadIdx.x % 32 / 4;
+    sums_.vector = nullptr;
+    if (place >= slots_.size[slot]) return;
+    const int64_t pair = slots_.pairs[slots_.begin[slot] + place];
+    sums_.vector = static_cast<const Element*>(p_.a) + pair * p_.inner;
+  }
+
+  __device__ void finish(int unit) const {
+    const int slot = unit / chunks_;
+    const int row = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int place = threadIdx.x % 4 * 2 + i % 2;
+      if (place >= slots_.size[slot]) continue;
+      const int pair = slots_.pairs[slots_.begin[slot] + place];
+      y_[(pair * chunks_ + unit % chunks_) * kColumns + row + i / 2 * 8] = sums_.value[i];
+    }
+  }
+
+ private:
+  __device__ Range range_of(int unit) const {
+    const int begin = min(unit % chunks_ * chunk_length_, static_cast<int>(p_.inner));
+    return {begin, min(begin + chunk_length_, static_cast<int>(p_.inner))};
+  }
+
+  __device__ void combine() const {
+    for (int index = threadIdx.x; index < p_.tokens * kColumns; index += kThreads) {
+      const int64_t token = index / kColumns;
+      const int64_t column = blockIdx.x * kColumns + index % kColumns;
+      if (column >= p_.hidden) continue;
+      float sum = 0.0f;
+      for (int k = 0; k < p_.choices; ++k) {
+        const int pair = static_cast<int>(token) * p_.choices + k;
+        const int expert = slots_.expert_of[pair];
+        if (expert < 0) continue;
+        float row = 0.0f;
+        for (int chunk = 0; chunk < chunks_; ++chunk) {
+          row += y_[(pair * chunks_ + chunk) * kColumns + index % kColumns];
+        }
+        if (p_.down_bias != nullptr) {
+          row += to_float(static_cast<const Element*>(p_.down_bias)[expert * p_.hidden + column]);
+        }
+        sum = fmaf(p_.weights[pair], row, sum);
+      }
+      static_cast<Element*>(p_.out)[token * p_.hidden + column] = from_float<Element>(sum);
+    }
+  }
+
+  const MoeDecodeParams& p_;
+  const Slots& slots_;
+  float* y_;
+  Sums<Element> sums_;
+  int chunks_;
+  int chunk_length_;
+  int batches_;
+};
+
+template <typename Element>
+__global__ void __launch_bounds__(kThreads, 2) down_kernel(const __grid_constant__ MoeDecodeParams p) {
+  extern __shared__ __align__(16) char memory[];
+  auto& slots = *reinterpret_cast<Slots*>(memory);
+  int* demand = reinterpret_cast<int*>(&slots + 1);
+  find_slots<kThreads>(p, slots, demand);
+  Down<Element>(p, slots, reinterpret_cast<float*>(demand + p.experts)).run();
+}
+
+}  // namespace
+
+void launch_down(const MoeDecodeParams& p, cudaStream_t stream) {
+  const size_t y_bytes = sizeof(float) * kColumns * p.tokens * p.choices * chunks_for(p.inner, p.choices);
+  const size_t bytes = sizeof(Slots) + p.experts * sizeof(int) + y_bytes;
+  const unsigned blocks = static_cast<unsigned>(ceil_div<int64_t>(p.hidden, kColumns));
+  dispatch(p, [&]<typename Element>() {
+    launch_block<down_kernel<Element>>("moe_decode down", {blocks, kThreads, bytes, true}, stream, p);
+  });
+}
+
+}  // namespace ling::decode

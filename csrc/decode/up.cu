@@ -1,0 +1,147 @@
+// Decode, first half: a[pair] = act(proj_e x[token] + bias). A block takes strips of weights in turn, the chosen
+// experts' one after another; its warps share each strip's contraction.
+#include <algorithm>
+
+#include "../gemm/activation.cuh"
+#include "decode.h"
+#include "slots.cuh"
+#include "stream.cuh"
+
+namespace ling::decode {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+
+using Partial = float[kWarps][4][32];  // [warp][sum][lane]
+
+struct UpShared {
+  Slots slots;
+  Partial partial[2];  // by parity of the strip
+};
+
+template <typename Element, bool kGated>
+class Up {
+  static constexpr int kColumns = kGated ? 8 : 16;  // of a, per strip
+  static constexpr int kParts = kGated ? 2 : 1;
+
+ public:
+  __device__ Up(const MoeDecodeParams& p, UpShared& shared) : p_(p), shared_(shared) {
+    const int steps = ceil_div(static_cast<int>(p.hidden), kStepLength);
+    const int share = ceil_div(steps, kWarps) * kStepLength;
+    range_.begin = min(static_cast<int>(threadIdx.x) / 32 * share, static_cast<int>(p.hidden));
+    range_.end = min(range_.begin + share, static_cast<int>(p.hidden));
+    batches_ = ceil_div(share, kStepLength * kBatch);  // the same for every warp
+    strips_per_expert_ = ceil_div(static_cast<int>(p.inner), kColumns);
+  }
+
+  __device__ void run() {
+    const int strips = shared_.slots.count * strips_per_expert_;
+    if (static_cast<int>(blockIdx.x) < strips) stream(*this, sums_, blockIdx.x, strips, gridDim.x, batches_);
+  }
+
+  __device__ Strip<Element> locate(int strip) const {
+    const int64_t first_row = static_cast<int64_t>(shared_.slots.expert[slot_of(strip)]) * kParts * p_.inner;
+    const int column = column_of(strip) + threadIdx.x % 32 / 4;
+    const Element* weights = static_cast<const Element*>(p_.proj) + (first_row + column) * p_.hidden;
+    if constexpr (kGated) return {weights, weights + p_.inner * p_.hidden, range_};
+    return {weights, column + 8 < p_.inner ? weights + 8 * p_.hidden : nullptr, range_};
+  }
+
+  __device__ void ready() const {}
+
+  __device__ void start(int strip) {
+    const int slot = slot_of(strip);
+    const int place = threadIdx.x % 32 / 4;
+    sums_.vector = nullptr;
+    if (place >= shared_.slots.size[slot]) return;
+    const int token = shared_.slots.pairs[shared_.slots.begin[slot] + place] / p_.choices;
+    sums_.vector = static_cast<const Element*>(p_.x) + token * p_.hidden;
+  }
+
+  // Adds up the warps' sums in order and writes a strip of a. One barrier: the buffers alternate.
+  __device__ void finish(int strip) {
+    Partial& partial = shared_.partial[round_++ % 2];
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) partial[threadIdx.x / 32][i][lane] = sums_.value[i];
+    __syncthreads();
+    const int source = threadIdx.x / 32;  // a warp per sum
+    if (source >= kColumns / 4) return;
+    const int slot = slot_of(strip);
+    const int place = lane % 4 * 2 + source % 2;
+    const int column = column_of(strip) + lane / 4 + source / 2 * 8;
+    if (place >= shared_.slots.size[slot] || column >= p_.inner) return;
+    const int pair = shared_.slots.pairs[shared_.slots.begin[slot] + place];
+    float up = 0.0f;
+    if constexpr (kGated) up = total(partial, source + 2);
+    write(slot, pair, column, total(partial, source), up);
+  }
+
+ private:
+  __device__ int column_of(int strip) const { return strip % strips_per_expert_ * kColumns; }
+
+  __device__ int slot_of(int strip) const { return strip / strips_per_expert_; }
+
+  __device__ static float total(const Partial& partial, int source) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp][source][threadIdx.x % 32];
+    return sum;
+  }
+
+  // `gate` is the whole pre-activation where there is no gate.
+  __device__ void write(int slot, int pair, int column, float gate, float up) const {
+    if (p_.up_bias != nullptr) {
+      const Element* bias = static_cast<const Element*>(p_.up_bias) + shared_.slots.expert[slot] * kParts * p_.inner;
+      gate += to_float(bias[column]);
+      if constexpr (kGated) up += to_float(bias[p_.inner + column]);
+    }
+    float value = 0.0f;
+    gemm::with_activation<kGated>(p_.activation, [&]<Activation kActivation>() {
+      if constexpr (kGated) {
+        value = gemm::activate_gated<kActivation>(gate, up, p_.limit).value;
+      } else {
+        value = gemm::activate<kActivation>(gate).value;
+      }
+    });
+    static_cast<Element*>(p_.a)[pair * p_.inner + column] = from_float<Element>(value);
+  }
+
+  const MoeDecodeParams& p_;
+  UpShared& shared_;
+  Sums<Element> sums_;
+  int round_ = 0;
+  Range range_;
+  int batches_;
+  int strips_per_expert_;
+};
+
+template <typename Element, bool kGated>
+__global__ void __launch_bounds__(kThreads, 4) up_kernel(const __grid_constant__ MoeDecodeParams p) {
+  extern __shared__ __align__(16) char memory[];
+  auto& shared = *reinterpret_cast<UpShared*>(memory);
+  int* demand = reinterpret_cast<int*>(&shared + 1);
+  wait_for_previous();
+  allow_next();
+  find_slots<kThreads>(p, shared.slots, demand);
+  Up<Element, kGated>(p, shared).run();
+}
+
+template <typename Element, bool kGated>
+void launch(const MoeDecodeParams& p, cudaStream_t stream) {
+  const int64_t strips = int64_t{1} * p.tokens * p.choices * ceil_div<int64_t>(p.inner, kGated ? 8 : 16);
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(4 * sm_count(), strips));
+  const size_t bytes = sizeof(UpShared) + p.experts * sizeof(int);
+  launch_block<up_kernel<Element, kGated>>("moe_decode up", {blocks, kThreads, bytes, true}, stream, p);
+}
+
+}  // namespace
+
+void launch_up(const MoeDecodeParams& p, cudaStream_t stream) {
+  dispatch(p, [&]<typename Element>() {
+    is_gated(p.activation) ? launch<Element, true>(p, stream) : launch<Element, false>(p, stream);
+  });
+}
+
+}  // namespace ling::decode

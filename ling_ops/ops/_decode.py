@@ -1,0 +1,67 @@
+"""The experts for few tokens: two launches that stream the chosen experts' weights once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..reference.activation import ACTIVATIONS
+from ..reference.route import Routing
+from ._backend import use_kernel
+
+#: Limits of the kernels.
+MAX_TOKENS, MAX_PAIRS, MAX_EXPERTS = 64, 512, 4096
+#: Above it the streaming itself, 2 % slower than the grouped products', outweighs what one route,
+#: one combine and the launches between cost: elements of one projection of all chosen experts.
+MAX_STREAMED = 640 * 2**20
+
+
+def decode_limit(k: int, num_experts: int, hidden: int, inner: int) -> int:
+    """The most tokens that `moe_decode` is chosen for: two per expert and choice, and less where
+    weights are large. A function of the layer alone: a token's result is bitwise the same in every
+    batch on the same side of it."""
+    pairs = min(MAX_PAIRS, 2 * num_experts)
+    if num_experts * hidden * inner > MAX_STREAMED:
+        pairs = min(pairs, MAX_STREAMED // (hidden * inner))
+    return min(MAX_TOKENS, pairs // max(1, k)) if num_experts <= MAX_EXPERTS else 0
+
+
+def runs_decode(
+    x: Tensor, indices: Tensor, down_proj: Tensor, differentiable: Iterable[Tensor | None]
+) -> bool:
+    """Whether `moe_decode` takes the call: few tokens, no gradient wanted, a kernel for x's GPU."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        return False
+    tokens, k = indices.shape  # one comparison, so that torch.compile guards on one bound
+    return use_kernel("moe_decode", x) and tokens <= decode_limit(k, *down_proj.shape)
+
+
+def moe_decode(
+    x: Tensor,
+    proj: Tensor,
+    down_proj: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    routing: Routing | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    *,
+    activation: str,
+    swiglu_limit: float | None,
+) -> Tensor:
+    """`moe_mlp` on bf16 or fp16 CUDA tensors whose H and I are multiples of 8."""
+    biases = (None if b is None else b.to(x.dtype).contiguous() for b in (up_bias, down_bias))
+    return torch.ops.ling_ops.moe_decode(
+        x.contiguous(),
+        proj.contiguous(),
+        down_proj.contiguous(),
+        weights.float().contiguous(),
+        indices.contiguous(),
+        None if routing is None else routing.token_row,
+        *biases,
+        ACTIVATIONS.index(activation),
+        math.inf if swiglu_limit is None else swiglu_limit,
+    )

@@ -1,0 +1,153 @@
+"""`moe_mlp` without gradients on few tokens: the decode kernels, up to and past their limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import GATED, PLAIN, MlpCase, generator, make_mlp
+from tolerances import assert_bitwise, assert_within, truth, truth64
+
+import ling_ops as lo
+from ling_ops import moe_mlp
+from ling_ops.ops._decode import MAX_PAIRS, MAX_TOKENS, decode_limit
+
+ROUNDINGS = 2  # a and the output; h and y stay in fp32
+LOW = [torch.bfloat16, torch.float16]
+
+
+def run(case: MlpCase, **options: object) -> torch.Tensor:
+    return moe_mlp(*case.tensors, **case.options, **options)
+
+
+def check(case: MlpCase, **options: object) -> None:
+    out = run(case, **options)
+    exact = truth64(moe_mlp, *case.tensors, **case.options, **options)
+    assert_within(
+        out,
+        exact,
+        naive=truth(run, case, **options),
+        magnitude=exact.abs().max() if exact.numel() else 0.0,
+        length=case.x.shape[1] + case.down.shape[2],
+        roundings=ROUNDINGS,
+    )
+
+
+@st.composite
+def decode_cases(draw: st.DrawFn) -> MlpCase:
+    experts = draw(st.sampled_from([1, 3, 8, 33, 100, 300]))
+    return make_mlp(
+        draw(st.integers(0, MAX_TOKENS + 2)),
+        8 * draw(st.integers(1, 40)),
+        8 * draw(st.integers(1, 40)),
+        experts,
+        draw(st.integers(1, min(experts, 8))),
+        dtype=draw(st.sampled_from(LOW)),
+        activation=draw(st.sampled_from([*GATED, *PLAIN])),
+        bias=draw(st.booleans()),
+        style=draw(st.sampled_from(["uniform", "skewed", "one_expert", "bad_ids"])),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@given(case=decode_cases())
+def test_equals_the_reference(device: torch.device, case: MlpCase) -> None:
+    check(case.to(device))
+
+
+@pytest.mark.parametrize(
+    "shape,most",
+    [((8, 256, 2048, 512), 64), ((8, 256, 4096, 1024), 20), ((8, 128, 2048, 768), 32),
+     ((2, 8, 4096, 14336), 8), ((1, 8, 64, 64), 16), ((32, 64, 64, 64), 4)],
+)  # fmt: skip
+def test_threshold(shape: tuple[int, ...], most: int) -> None:
+    """(k, experts, hidden, inner) -> the largest number of tokens."""
+    assert decode_limit(*shape) == most
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("experts,k", [(8, 2), (64, 8), (256, 8), (64, 1), (40, 32)])
+def test_every_number_of_tokens(device: torch.device, experts: int, k: int) -> None:
+    """All of 0 .. 130: on both sides of the threshold in tokens and of that in pairs."""
+    whole = make_mlp(130, 72, 136, experts, k, dtype=torch.bfloat16, style="skewed").to(device)
+    for tokens in range(131):
+        check(whole.take(slice(tokens)))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_token_does_not_depend_on_the_batch(device: torch.device, dtype: torch.dtype) -> None:
+    case = make_mlp(MAX_TOKENS, 264, 200, 128, 4, dtype=dtype, style="skewed").to(device)
+    whole = run(case)
+    order = torch.randperm(MAX_TOKENS, generator=generator(0)).to(device)
+    assert_bitwise(run(case.take(order)), whole[order], "permuted")
+    for size in (1, 7, 8, 9, 16, 17, 33):
+        for first in range(0, MAX_TOKENS, size):
+            part = slice(first, first + size)
+            assert_bitwise(run(case.take(part)), whole[part], f"{first} + {size}")
+
+
+@pytest.mark.cuda
+def test_crowded_and_repeated_experts(device: torch.device) -> None:
+    """More pairs of one expert than a tile of tokens holds, and one expert twice in a token."""
+    case = make_mlp(MAX_TOKENS, 64, 64, 128, 4, dtype=torch.bfloat16).to(device)
+    case.indices[:, 1:] = 2
+    check(case)
+
+
+@pytest.mark.cuda
+def test_padding_tokens_change_nothing(device: torch.device) -> None:
+    """Tokens with NaN in x and weights and ids of no expert: zero for them, the rest bitwise."""
+    case = make_mlp(24, 64, 96, 48, 4, dtype=torch.bfloat16).to(device)
+    expected = run(case.take(slice(16)))
+    case.x[16:] = torch.nan
+    case.weights[16:] = torch.nan
+    case.indices[16:20] = -1
+    case.indices[20:] = 48
+    out = run(case)
+    assert_bitwise(out[:16], expected)
+    assert_bitwise(out[16:], torch.zeros_like(out[16:]))
+
+
+@pytest.mark.cuda
+def test_dropped_pairs(device: torch.device) -> None:
+    case = make_mlp(48, 64, 64, 64, 2, dtype=torch.bfloat16, style="skewed").to(device)
+    routing = lo.route(case.indices, 64, capacity=5)
+    assert (routing.token_row < 0).any()
+    check(case, routing=routing)
+
+
+@pytest.mark.cuda
+def test_many_experts(device: torch.device) -> None:
+    check(make_mlp(32, 16, 16, 4096, 16, dtype=torch.float16).to(device))
+
+
+@pytest.mark.cuda
+def test_a_thousand_replays_with_new_routing(device: torch.device) -> None:
+    case = make_mlp(16, 128, 128, 32, 4, dtype=torch.bfloat16).to(device)
+    eager_ids = torch.randint(-1, 33, (1000, 16, 4), device=device, dtype=torch.int32)
+    run(case)
+    graph = torch.cuda.CUDAGraph()
+    ids = case.indices.int()
+    with torch.cuda.graph(graph):
+        out = moe_mlp(case.x, case.gate_up, case.down, case.weights, ids, **case.options)
+    different = torch.zeros((), device=device)
+    for new in eager_ids:
+        ids.copy_(new)
+        graph.replay()
+        eager = moe_mlp(case.x, case.gate_up, case.down, case.weights, new, **case.options)
+        different += (out != eager).sum()
+    assert different == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+def test_the_decode_kernels_run(device: torch.device, ids: torch.dtype) -> None:
+    """By name, so that a threshold that sends these calls elsewhere is noticed."""
+    if lo.backend_info()["ops"]["moe_decode"]["backend"] != "cuda":
+        pytest.skip("no kernels here")
+    case = make_mlp(MAX_PAIRS // 8, 64, 64, 256, 8, dtype=torch.bfloat16).to(device)
+    with torch.profiler.profile() as profile:
+        moe_mlp(case.x, case.gate_up, case.down, case.weights, case.indices.to(ids))
+    assert "ling_ops::moe_decode" in {event.key for event in profile.key_averages()}
