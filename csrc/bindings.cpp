@@ -8,6 +8,7 @@
 // An operator does four things: check arguments, allocate outputs, fill the parameter struct, launch.
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <tuple>
 
 #include "bindings_routing.h"
@@ -106,6 +107,52 @@ void check_gathered(const char* op, const char* label, const Tensor& table, cons
                     const Tensor& offsets) {
   check_grouped(op, label, table, offsets);
   Arg(op, "row_token", row_token).with(table).dtype({ScalarType::Int}).shape({-1}).contiguous();
+}
+
+// dW with one operand gathered: added to `buffer`, or into a new tensor.
+Tensor weight_grad(const char* op, Tensor dy, Tensor x, const Tensor& row_token, const Tensor& offsets, bool gather_x,
+                   const std::optional<Tensor>& buffer) {
+  dy = on_boundary(dy);
+  x = on_boundary(x);
+  check_grouped(op, "x", x, offsets);
+  check_gathered(op, "dy", dy, row_token, offsets);
+  Arg(op, "x", x).with(dy).dtype({dy.scalar_type()});
+  const int64_t rows = row_token.size(0);
+  Arg(op, gather_x ? "dy" : "x", gather_x ? dy : x).shape({rows, -1});
+  const int64_t experts = offsets.size(0) - 1;
+  Tensor out = buffer ? *buffer : empty(dy, {experts, dy.size(1), x.size(1)}, dy.scalar_type());
+  if (buffer) {
+    Arg(op, "buffer", out).with(dy).dtype({ScalarType::Float}).shape({experts, dy.size(1), x.size(1)}).contiguous();
+    Arg(op, "buffer", out).aligned(16);
+  }
+  Tensor counter = empty(dy, {1}, ScalarType::Int);
+  const Launch launch(dy);
+  launch_moe_weight_grad({.dy = dy.data_ptr(),
+                          .x = x.data_ptr(),
+                          .row_token = input<int32_t>(row_token),
+                          .offsets = input<int32_t>(offsets),
+                          .out = out.data_ptr(),
+                          .counter = output<int32_t>(counter),
+                          .rows = rows,
+                          .tokens = gather_x ? x.size(0) : dy.size(0),
+                          .dy_columns = dy.size(1),
+                          .x_columns = x.size(1),
+                          .experts = experts,
+                          .dy_stride = row_stride(dy),
+                          .x_stride = row_stride(x),
+                          .gather_x = gather_x,
+                          .add = buffer.has_value(),
+                          .dtype = kernel_dtype(op, "dy", dy)},
+                         launch.stream());
+  return out;
+}
+
+Tensor moe_dw(Tensor dy, Tensor x, Tensor row_token, Tensor offsets, bool gather_x) {
+  return weight_grad("moe_dw", dy, x, row_token, offsets, gather_x, std::nullopt);
+}
+
+void moe_dw_add_(Tensor buffer, Tensor dy, Tensor x, Tensor row_token, Tensor offsets, bool gather_x) {
+  weight_grad("moe_dw_add_", dy, x, row_token, offsets, gather_x, buffer);
 }
 
 std::tuple<Tensor, Tensor> moe_up(Tensor x, Tensor weight, Tensor row_token, Tensor offsets, int64_t activation,
@@ -293,6 +340,8 @@ STABLE_TORCH_LIBRARY_IMPL(ling_ops, CUDA, m) {
   m.impl("combine_backward", TORCH_BOX(&combine_backward));
   m.impl("grouped_gemm", TORCH_BOX(&grouped_gemm));
   m.impl("grouped_gemm_dw", TORCH_BOX(&grouped_gemm_dw));
+  m.impl("moe_dw", TORCH_BOX(&moe_dw));
+  m.impl("moe_dw_add_", TORCH_BOX(&moe_dw_add_));
   m.impl("moe_up", TORCH_BOX(&moe_up));
   m.impl("moe_dact", TORCH_BOX(&moe_dact));
   m.impl("moe_decode", TORCH_BOX(&moe_decode));

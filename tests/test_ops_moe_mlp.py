@@ -129,6 +129,13 @@ def test_gradients_against_float64(device: torch.device, case: MlpCase) -> None:
             assert (actual[name][idle] == 0).all(), f"an idle expert got a gradient of {name}"
 
 
+@pytest.mark.parametrize("inner", [1032, 2056])
+def test_gradients_of_wide_experts(device: torch.device, inner: int) -> None:
+    """Beyond the width up to which a kernel gathers rows for dW: gate_up's, then down's too."""
+    case = make_mlp(40, 16, inner, 4, 2, dtype=torch.bfloat16, seed=10)
+    test_gradients_against_float64.hypothesis.inner_test(device, case)
+
+
 @pytest.mark.parametrize("activation", [*GATED, *PLAIN])
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradcheck(device: torch.device, activation: str, bias: bool) -> None:

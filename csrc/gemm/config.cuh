@@ -45,7 +45,8 @@ struct Config {
   static_assert(kTileN == 128 || kTileN == 256, "one wgmma spans the tile's columns");
   static_assert(kCluster == 1 || kCluster == 2, "two blocks share columns in halves");
   static_assert(kParts == 1 || (kParts == 2 && kTileN == 256), "a part is loaded in boxes of 128 rows");
-  static_assert(kRows == Rows::kContiguous || kMajorA_ == Major::K, "a gathered row is loaded along the contraction");
+  // Rows are the contraction where they run along K.
+  static constexpr bool kContractsRows = kMajorA == Major::MN;
 
   // MN-major tiles are stacked along K inside a 64-wide box, as the copy engine lays them down.
   template <Major kMajor>

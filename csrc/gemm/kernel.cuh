@@ -2,6 +2,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "gather_contraction.cuh"
 #include "load.cuh"
 
 namespace ling::gemm {
@@ -26,9 +27,13 @@ struct KernelParams {
 
 // Registers a thread: what the branches need, out of 64 Ki for 384 threads.
 template <class Config>
-constexpr int kLoadRegisters = Config::kRows == Rows::kGathered ? 72 : 56;
+constexpr int kLoadRegisters = Config::kRows == Rows::kContiguous ? 56
+                               : Config::kContractsRows           ? 96
+                                                                  : 72;
 template <class Config>
-constexpr int kMathRegisters = Config::kRows == Rows::kGathered ? 216 : 224;
+constexpr int kMathRegisters = Config::kRows == Rows::kContiguous ? 224
+                               : Config::kContractsRows           ? 200
+                                                                  : 216;
 
 // Zeroes rows [begin, end), 16 bytes a thread, over the math threads of the whole grid.
 __device__ inline void zero_rows(const ZeroedRows& zeroed, int64_t begin, int64_t end) {
@@ -61,28 +66,47 @@ __device__ inline void zero_uncovered(const Schedule& schedule, const ZeroedRows
   }
 }
 
-// One pass over a tile's contraction. The sum runs over k in steps of 16 in ascending order, whatever the tile.
-template <class Config, class Mma, class FragmentA, class FragmentB, class Accumulators>
+// Issues the products of a stage's first kSteps steps of 16.
+template <int kSteps, class Mma, class FragmentA, class FragmentB, class Accumulators>
+__device__ void issue_products(Mma& mma, const FragmentA& tCrA, const FragmentB& tCrB, Accumulators& accumulators,
+                               int stage) {
+  cute::warpgroup_arrive();
+  CUTE_UNROLL
+  for (int k = 0; k < kSteps; ++k) {
+    cute::gemm(mma, tCrA(cute::_, cute::_, k, stage), tCrB(cute::_, cute::_, k, stage), accumulators);
+    mma.accumulate_ = cute::SM90::GMMA::ScaleOut::One;
+  }
+  cute::warpgroup_commit_batch();
+}
+
+// One pass over a tile's contraction. The sum runs over k in steps of 16 in ascending order, whatever the tile. Where
+// rows are the contraction, it may end anywhere in a stage: steps beyond the last row are left out.
+// `issued` runs while the last products are under way.
+template <class Config, class Mma, class FragmentA, class FragmentB, class Accumulators, class Issued>
 __device__ void multiply(Ring<Config>& ring, Mma& mma, const FragmentA& tCrA, const FragmentB& tCrB,
-                         Accumulators& accumulators, int k_blocks) {
+                         Accumulators& accumulators, int length, Issued&& issued) {
   mma.accumulate_ = cute::SM90::GMMA::ScaleOut::Zero;
   cute::warpgroup_fence_operand(accumulators);
-  for (int block = 0; block < k_blocks; ++block) {
+  for (int k = 0; k < length; k += kTileK) {
     ring.wait_full();
     // Gathered rows were written through the ordinary proxy, the tensor cores read through the asynchronous one.
     if constexpr (Config::kRows == Rows::kGathered) ptx::fence_async_proxy();
-    cute::warpgroup_arrive();
-    CUTE_UNROLL
-    for (int k = 0; k < cute::size<2>(tCrA); ++k) {
-      cute::gemm(mma, tCrA(cute::_, cute::_, k, ring.stage()), tCrB(cute::_, cute::_, k, ring.stage()), accumulators);
-      mma.accumulate_ = cute::SM90::GMMA::ScaleOut::One;
+    const int left = Config::kContractsRows ? length - k : kTileK;
+    if (left > 48) {
+      issue_products<4>(mma, tCrA, tCrB, accumulators, ring.stage());
+    } else if (left > 32) {
+      issue_products<3>(mma, tCrA, tCrB, accumulators, ring.stage());
+    } else if (left > 16) {
+      issue_products<2>(mma, tCrA, tCrB, accumulators, ring.stage());
+    } else {
+      issue_products<1>(mma, tCrA, tCrB, accumulators, ring.stage());
     }
-    cute::warpgroup_commit_batch();
     // One product stays in flight while the stage before it is given back.
     cute::warpgroup_wait<1>();
-    if (block > 0) ring.release(1);
+    if (k > 0) ring.release(1);
     ring.advance();
   }
+  issued();
   cute::warpgroup_wait<0>();
   cute::warpgroup_fence_operand(accumulators);
   ring.release(1);
@@ -123,7 +147,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     // ---- load branch
     ptx::shrink_registers<kLoadRegisters<Config>>();
     if constexpr (gathered) {
-      GatheredLoader<Config, Product, KernelParams<Epilogue>>(params, shared, ring, block).run();
+      using Params = KernelParams<Epilogue>;
+      using Loader = std::conditional_t<Config::kContractsRows, GatheredContractionLoader<Config, Product, Params>,
+                                        GatheredLoader<Config, Product, Params>>;
+      Loader(params, shared, ring, block).run();
     } else {
       if (threadIdx.x < 32) load_contiguous<Config, Product>(params, shared, ring, block);
     }
@@ -143,21 +170,30 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     TileQueue<Config> queue(shared);
     Tile tile = queue.receive();
-    for (; tile.expert >= 0; tile = queue.receive()) {
+    while (tile.expert >= 0) {
+      // The next tile is fetched while products are under way where they are few to a tile: answering for it costs a
+      // fence of about 1900 cycles after the epilogue's stores.
+      constexpr bool fetches_early = Config::kContractsRows;
+      Tile next;
       const Work work = Product::work(tile, params.extents, block);
       if (work.active(half)) {
         Epilogue epilogue(params.epilogue, work, half);
         auto accumulators = cute::partition_fragment_C(mma, cute::take<0, 2>(typename Config::Tile{}));  // (MMA,1,1)
-        multiply<Config>(ring, mma, tCrA, tCrB, accumulators, work.k_blocks());
+        multiply<Config>(ring, mma, tCrA, tCrB, accumulators, work.k_end - work.k_begin, [&] {
+          if constexpr (fetches_early) next = queue.receive();
+        });
         // ---- epilogue
         epilogue.run(staging, accumulators);
+        if constexpr (!fetches_early) next = queue.receive();
       } else {
         for (int k = work.k_begin; k < work.k_end; k += kTileK) {
           ring.wait_full();
           ring.advance();
           ring.release(1);
         }
+        next = queue.receive();
       }
+      tile = next;
     }
     for (const ZeroedRows& zeroed : params.zeroed) zero_uncovered(params.schedule, zeroed, tile);
     staging.drain();

@@ -52,6 +52,23 @@ void launch_grouped_weight_grad(const GroupedWeightGradParams& p, cudaStream_t s
                               : gemm::grouped_weight_grad<cute::half_t>(p, stream);
 }
 
+void launch_moe_weight_grad(const MoeWeightGradParams& p, cudaStream_t stream) {
+  require_sizes(p.dy_columns, p.x_columns, p.dtype);
+  if (p.experts == 0 || p.dy_columns == 0 || p.x_columns == 0) return;
+  if (p.rows == 0) {
+    if (p.add) return;
+    const int64_t bytes = p.experts * p.dy_columns * p.x_columns * size_of(p.dtype);
+    check(cudaMemsetAsync(p.out, 0, bytes, stream), "zeroing an empty weight gradient");
+    return;
+  }
+  require_aligned(p.dy, "dy");
+  require_aligned(p.x, "x");
+  require_aligned(p.out, "out");
+  require(p.dy_stride % 8 == 0 && p.x_stride % 8 == 0, "the row strides of dy and x must be multiples of 8");
+  p.dtype == DType::kBFloat16 ? gemm::moe_weight_grad<cute::bfloat16_t>(p, stream)
+                              : gemm::moe_weight_grad<cute::half_t>(p, stream);
+}
+
 void launch_moe_up(const MoeUpParams& p, cudaStream_t stream) {
   require_sizes(p.columns, p.contraction, p.dtype);
   require(p.contraction > 0 && p.experts > 0, "the up projection needs experts and a hidden size");

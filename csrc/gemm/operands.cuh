@@ -123,6 +123,7 @@ struct RowProduct {
 template <class Config>
 struct RowContraction {
   static_assert(Config::kMajorA == Major::MN && Config::kMajorB == Major::MN);
+  static constexpr bool kTransposed = false;
 
   __device__ static Work work(const Tile& tile, const Extents& extents, int block) {
     Work work;
@@ -150,8 +151,9 @@ struct RowContraction {
                                 int block) {
     const RaggedRow rows = ragged_row(k, work.k_end);
     const int slice = block * Config::kSliceN;
-    // A box wholly outside a ragged map faults, for the map's rows overlap: the last one inside stands in for it, and
-    // what it gives is never stored.
+    // Instead of a box wholly outside the map's columns the last one inside is loaded; what it gives is never stored.
+    // (Small products faulted until this and a change in how tiles are announced went in together: whether a ragged
+    // map, whose rows overlap, can stand such a box is not known.)
     const int last = (work.columns - 1) / kBoxColumns * kBoxColumns;
     CUTE_UNROLL
     for (int i = slice; i < slice + Config::kSliceN; i += kBoxColumns) {
@@ -162,6 +164,16 @@ struct RowContraction {
 
   __device__ static OutputBox output_box(const Work& work, int row, int column) {
     return {work.column + column, work.row + row, work.expert};
+  }
+};
+
+// The same, but out[e] is stored as its transpose: for a gathered operand, which must be a, on the output's columns.
+template <class Config>
+struct TransposedRowContraction : RowContraction<Config> {
+  static constexpr bool kTransposed = true;
+
+  __device__ static OutputBox output_box(const Work& work, int row, int column) {
+    return {work.row + row, work.column + column, work.expert};
   }
 };
 

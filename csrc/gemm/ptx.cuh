@@ -142,6 +142,14 @@ __device__ inline void store_4d(const CUtensorMap* map, uint32_t source, int x, 
                : "memory");
 }
 
+// Adds fp32 elements to global memory; where an element is the target of one box only, the sum is deterministic.
+__device__ inline void add_3d(const CUtensorMap* map, uint32_t source, int x, int y, int z) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(source), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Returns when at most `kPending` store groups still read shared memory.
@@ -182,6 +190,14 @@ __device__ inline void store_matrix_transposed(uint32_t address, uint32_t m0, ui
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m0),
                "r"(m1), "r"(m2), "r"(m3)
                : "memory");
+}
+
+__device__ inline void store_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ inline void store_shared(uint32_t address, float low, float high) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(low), "f"(high) : "memory");
 }
 
 // A 32-bit load that stays behind the barriers before it, which bounds how many are in flight in registers.

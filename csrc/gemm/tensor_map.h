@@ -1,6 +1,6 @@
 // Tensor maps: what the copy engine knows of a matrix in global memory. Made on the host, passed by value.
 //
-// All boxes are 64 elements (128 bytes) wide and swizzled over 128 bytes, as the tensor cores read them.
+// All boxes are 128 bytes (64 elements of 16 bits) wide and swizzled over 128 bytes, as the tensor cores read them.
 #pragma once
 
 #include <cuda.h>
@@ -51,7 +51,9 @@ CUtensorMap make_map(DType dtype, const void* base, const std::array<int64_t, kR
     steps[i] = 1;
     if (i + 1 < kRank) pitches[i] = static_cast<cuuint64_t>(strides[i] * size_of(dtype));
   }
-  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const auto type = dtype == DType::kFloat32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult status = encode_tiled()(&map, type, kRank, const_cast<void*>(base), dims, pitches, extents, steps,
                                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -77,10 +79,11 @@ inline CUtensorMap make_ragged_parts_map(DType dtype, const void* base, int64_t 
                      {kBoxColumns, 1, kRaggedRows, 1});
 }
 
-// A map of [experts, outer, inner] contiguous, in boxes of `box_rows` x 64.
+// A map of [experts, outer, inner] contiguous, in boxes of `box_rows` x 128 bytes.
 inline CUtensorMap make_weight_map(DType dtype, const void* base, int64_t experts, int64_t outer, int64_t inner,
                                    int box_rows) {
-  return make_map<3>(dtype, base, {inner, outer, experts}, {inner, outer * inner}, {kBoxColumns, box_rows, 1});
+  const int box_columns = kBoxColumns * 2 / static_cast<int>(size_of(dtype));
+  return make_map<3>(dtype, base, {inner, outer, experts}, {inner, outer * inner}, {box_columns, box_rows, 1});
 }
 
 // A map of [experts, parts, outer, inner] contiguous, in boxes of `box_rows` x 64 that stay within a part.

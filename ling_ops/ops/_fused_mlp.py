@@ -16,18 +16,28 @@ from ..reference.route import Routing
 
 _OPS = torch.ops.ling_ops
 
+#: Gathering while loading makes dW about a tenth slower; a copy in row order costs as much as that
+#: at 2048 columns of the other operand. It is always the copy that takes memory, [M,H].
+_GATHERED_COLUMNS = 2048
 
-def _weight_grad(dy: Tensor, x: Tensor, routing, gathered: str, buffer: Tensor | None):
-    """dW of one projection; `gathered` names the operand that is still in token order."""
-    row_token, offsets, token_row = routing.row_token, routing.expert_offsets, routing.token_row
-    if gathered == "x":
-        x = _OPS.permute(x, row_token, offsets, token_row)
-    else:
-        dy = _OPS.permute(dy, row_token, offsets, token_row)
-    grad = _OPS.grouped_gemm_dw(dy, x, offsets)
+
+def _weight_grad(dy: Tensor, x: Tensor, routing, gather_x: bool, buffer: Tensor | None):
+    """dW of one projection, or None once it is in the buffer; one of dy and x is in token order."""
+    row_token, offsets = routing.row_token, routing.expert_offsets
+    args = dy, x, row_token, offsets, gather_x
     if buffer is None:
-        return grad
-    buffer.add_(grad)
+        other = dy if gather_x else x
+        if other.shape[1] <= _GATHERED_COLUMNS:
+            return _OPS.moe_dw(*args)
+        table = _OPS.permute(x if gather_x else dy, row_token, offsets, routing.token_row)
+        dy, x = (dy, table) if gather_x else (table, x)
+        return _OPS.grouped_gemm_dw(dy, x, offsets)
+    # the copy engine adds to fp32 on 16-byte boundaries; other buffers take a pass of their own
+    on_boundary = buffer.is_contiguous() and buffer.storage_offset() % 4 == 0
+    if buffer.dtype == torch.float32 and on_boundary:
+        _OPS.moe_dw_add_(buffer, *args)
+    else:
+        buffer.add_(_OPS.moe_dw(*args))
     return None
 
 
@@ -53,7 +63,7 @@ class _Up(torch.autograd.Function):
             grad_x = _OPS.combine(rows, routing.token_row, None, None)
             del rows
         if ctx.needs_input_grad[1]:
-            grad_proj = _weight_grad(dh, x, routing, "x", ctx.buffer)
+            grad_proj = _weight_grad(dh, x, routing, True, ctx.buffer)
         return grad_x, grad_proj, None, None, None
 
 
@@ -79,7 +89,7 @@ class _Down(torch.autograd.Function):
         )  # fmt: skip
         grad_down = None
         if ctx.needs_input_grad[2]:
-            grad_down = _weight_grad(grad_out, wa, routing, "dy", ctx.buffer)
+            grad_down = _weight_grad(grad_out, wa, routing, False, ctx.buffer)
         return dh, None, grad_down, grad_weights, None, None, None
 
 

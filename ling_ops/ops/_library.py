@@ -179,6 +179,19 @@ def _moe_dact_fake(grad_out, down_proj, h, weights, *unused):
 
 
 _define(
+    "moe_dw(Tensor dy, Tensor x, Tensor row_token, Tensor offsets, bool gather_x) -> Tensor",
+    moe_mlp.moe_dw,
+    lambda dy, x, row_token, offsets, gather_x: x.new_empty(
+        offsets.shape[0] - 1, dy.shape[1], x.shape[1]
+    ),
+)
+_define(
+    "moe_dw_add_(Tensor(a!) buffer, Tensor dy, Tensor x, Tensor row_token, Tensor offsets, "
+    "bool gather_x) -> ()",
+    moe_mlp.moe_dw_add_,
+    lambda *unused: None,
+)
+_define(
     "moe_up(Tensor x, Tensor proj, Tensor row_token, Tensor offsets, int activation, "
     "float limit, bool write_h) -> (Tensor h, Tensor a)",
     moe_mlp.moe_up,

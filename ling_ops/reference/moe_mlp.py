@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .activation import ACTIVATIONS, activate, activation_backward
 from .gate import upcast
-from .gemm import grouped_gemm, loop_grouped_gemm, row_experts
+from .gemm import grouped_gemm, loop_grouped_gemm, loop_grouped_gemm_dw, row_experts
 from .permute import combine, permute
 from .route import Routing, route
 
@@ -153,3 +153,21 @@ def moe_decode(
         activation=ACTIVATIONS[activation],
         swiglu_limit=None if limit == float("inf") else limit,
     )
+
+
+def moe_dw(dy: Tensor, x: Tensor, row_token: Tensor, offsets: Tensor, gather_x: bool) -> Tensor:
+    """[E,N,Kd]: dy[rows of e]^T times x[rows of e]; one of the two is in token order.
+
+    With `gather_x` dy is [M,N] and x [T,Kd], read through `row_token` [M]; without it dy is [T,N]
+    and x [M,Kd].
+    """
+    if gather_x:
+        return loop_grouped_gemm_dw(dy, permute(x, row_token), offsets)
+    return loop_grouped_gemm_dw(permute(dy, row_token), x, offsets)
+
+
+def moe_dw_add_(
+    buffer: Tensor, dy: Tensor, x: Tensor, row_token: Tensor, offsets: Tensor, gather_x: bool
+) -> None:
+    """Add `moe_dw` to an fp32 buffer [E,N,Kd]; its sums are not rounded to dy's dtype before."""
+    buffer.add_(moe_dw(dy.float(), x.float(), row_token, offsets, gather_x))

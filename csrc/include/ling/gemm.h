@@ -48,6 +48,28 @@ struct GroupedWeightGradParams {
 };
 void launch_grouped_weight_grad(const GroupedWeightGradParams& params, cudaStream_t stream);
 
+// The same with one operand in token order, read through row_token: dy [tokens, dy_columns] and x [rows, x_columns], or
+// with gather_x dy [rows, dy_columns] and x [tokens, x_columns].
+struct MoeWeightGradParams {
+  const void* dy;            // row stride dy_stride
+  const void* x;             // row stride x_stride
+  const int32_t* row_token;  // [rows]; a token outside [0, tokens) reads as zeros
+  const int32_t* offsets;    // [experts + 1]
+  void* out;                 // [experts, dy_columns, x_columns] contiguous; fp32 if add
+  int32_t* counter;          // [1] workspace of this call alone; contents do not matter
+  int64_t rows;
+  int64_t tokens;
+  int64_t dy_columns;  // N, a multiple of 8
+  int64_t x_columns;   // Kd, a multiple of 8
+  int64_t experts;
+  int64_t dy_stride;  // elements
+  int64_t x_stride;   // elements
+  bool gather_x;
+  bool add;     // to what out holds, in fp32, instead of writing it in dtype
+  DType dtype;  // of dy and x
+};
+void launch_moe_weight_grad(const MoeWeightGradParams& params, cudaStream_t stream);
+
 // The codes that Python passes. The first three are gated: value = f(gate) * up.
 enum class Activation : int { kSwiGlu, kGeGlu, kGeGluTanh, kGelu, kGeluTanh, kSilu, kRelu2 };
 constexpr bool is_gated(Activation activation) { return activation <= Activation::kGeGluTanh; }
