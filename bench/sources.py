@@ -18,7 +18,7 @@ SUFFIXES = {".cu", ".cuh", ".h", ".hpp", ".cpp", ".py", ".txt", ".cmake"}
 
 AREAS: dict[str, tuple[str, ...]] = {
     "gate": ("csrc/gate/*", "*/gate.h", "*/gate.py"),
-    "route": ("csrc/route/*", "*/route.h", "*/route.py"),
+    "route": ("csrc/route/*", "*/route.h", "*/capacity.h", "*/route.py"),
     "permute": ("csrc/combine/*", "*/permute.h", "*/permute.py"),
     "gemm": ("csrc/gemm/*", "*/gemm.h", "*/gemm.py", "*/_autocast.py"),
     "decode": ("csrc/decode/*", "*/decode.h", "*/_decode.py"),

@@ -335,6 +335,9 @@ STABLE_TORCH_LIBRARY_IMPL(ling_ops, CUDA, m) {
   m.impl("topk_gate", TORCH_BOX(&topk_gate));
   m.impl("topk_gate_backward", TORCH_BOX(&topk_gate_backward));
   m.impl("route", TORCH_BOX(&route));
+  m.impl("reroute", TORCH_BOX(&reroute));
+  m.impl("dynamic_capacity", TORCH_BOX(&dynamic_capacity));
+  m.impl("running_capacity", TORCH_BOX(&running_capacity));
   m.impl("permute", TORCH_BOX(&permute));
   m.impl("combine", TORCH_BOX(&combine));
   m.impl("combine_backward", TORCH_BOX(&combine_backward));

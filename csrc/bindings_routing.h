@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bindings_util.h"
+#include "ling/capacity.h"
 #include "ling/gate.h"
 #include "ling/permute.h"
 #include "ling/route.h"
@@ -107,7 +108,7 @@ Tensor topk_gate_backward(Tensor grad_weights, Tensor logits, Tensor weights, Te
   return grad_logits;
 }
 
-// ---- route, permute, combine ---------------------------------------------------------------------
+// ---- route ---------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t num_experts,
                                                          std::optional<Tensor> capacity, std::optional<Tensor> weights,
@@ -163,6 +164,82 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t
   launch_route(params, Launch(indices).stream());
   return {expert_counts, expert_offsets, row_token, row_pair, token_row};
 }
+
+std::tuple<Tensor, Tensor, Tensor> reroute(Tensor scores, Tensor weights, Tensor indices, Tensor capacity,
+                                           int64_t rounds) {
+  const char* op = "reroute";
+  Arg{op, "scores", scores}.cuda().dtype(kFloats).shape({-1, -1}).contiguous();
+  const int64_t tokens = scores.size(0);
+  const int64_t experts = scores.size(1);
+  Arg{op, "indices", indices}.with(scores).dtype({ScalarType::Int, ScalarType::Long}).shape({tokens, -1}).contiguous();
+  const int64_t k = indices.size(1);
+  Arg{op, "weights", weights}.with(scores).dtype({ScalarType::Float}).shape({tokens, k}).contiguous();
+  Arg{op, "capacity", capacity}.with(scores).dtype({ScalarType::Int}).shape({-1}).contiguous();
+  expect(experts >= 1 && experts <= kMaxRouteExperts, op, "E must be in [1, ", kMaxRouteExperts, "]; got ", experts);
+  expect(k >= 1 && k <= kMaxRerouteChoices && tokens * k <= kMaxRoutePairs, op, "indices must hold 1 to ",
+         kMaxRerouteChoices, " choices and at most 2^31 - 1 pairs; got ", shape_string(indices));
+  expect(capacity.size(0) == 1 || capacity.size(0) == experts, op, "capacity must have shape [1] or [", experts,
+         "]; got ", shape_string(capacity));
+
+  const Tensor new_weights = empty(scores, {tokens, k}, ScalarType::Float);
+  const Tensor new_indices = empty(scores, {tokens, k}, indices.scalar_type());
+  const Tensor moved = empty(scores, {tokens, k}, ScalarType::Bool);
+  RerouteParams params = {};
+  params.scores = scores.data_ptr();
+  params.score_dtype = kernel_dtype(op, "scores", scores);
+  params.weights = input<float>(weights);
+  params.indices = indices.data_ptr();
+  params.index_dtype = kernel_dtype(op, "indices", indices);
+  params.capacity = input<int32_t>(capacity);
+  params.capacity_stride = capacity.size(0) > 1 ? 1 : 0;
+  params.new_weights = output<float>(new_weights);
+  params.new_indices = new_indices.data_ptr();
+  params.moved = output<bool>(moved);
+  params.tokens = tokens;
+  params.choices = static_cast<int>(k);
+  params.experts = static_cast<int>(experts);
+  params.rounds = static_cast<int>(rounds);
+  const Tensor workspace = empty(scores, {reroute_workspace(tokens, params.choices, params.experts)}, ScalarType::Int);
+  params.workspace = output<int32_t>(workspace);
+  launch_reroute(params, Launch(scores).stream());
+  return {new_weights, new_indices, moved};
+}
+
+// ---- capacity ------------------------------------------------------------------------------------
+
+Tensor dynamic_capacity(Tensor expert_counts, double target_drop_rate) {
+  const char* op = "dynamic_capacity";
+  Arg{op, "expert_counts", expert_counts}.cuda().dtype({ScalarType::Int, ScalarType::Long}).shape({-1}).contiguous();
+  const Tensor capacity = empty(expert_counts, {1}, ScalarType::Int);
+  launch_dynamic_capacity({.expert_counts = expert_counts.data_ptr(),
+                           .dtype = kernel_dtype(op, "expert_counts", expert_counts),
+                           .counts = expert_counts.size(0),
+                           .target_drop_rate = target_drop_rate,
+                           .capacity = output<int32_t>(capacity)},
+                          Launch(expert_counts).stream());
+  return capacity;
+}
+
+Tensor running_capacity(Tensor window, Tensor steps, double mean, double quantile, double margin, double max_factor) {
+  const char* op = "running_capacity";
+  Arg{op, "window", window}.cuda().dtype({ScalarType::Float}).shape({-1}).contiguous();
+  Arg{op, "steps", steps}.with(window).dtype({ScalarType::Long}).shape({});
+  expect(window.size(0) >= 1 && window.size(0) <= kMaxCapacityWindow, op, "window must have 1 to ", kMaxCapacityWindow,
+         " slots; got ", shape_string(window));
+  const Tensor capacity = empty(window, {1}, ScalarType::Int);
+  launch_running_capacity({.window = input<float>(window),
+                           .steps = input<int64_t>(steps),
+                           .slots = static_cast<int>(window.size(0)),
+                           .mean = mean,
+                           .quantile = quantile,
+                           .margin = margin,
+                           .max_factor = max_factor,
+                           .capacity = output<int32_t>(capacity)},
+                          Launch(window).stream());
+  return capacity;
+}
+
+// ---- permute, combine ----------------------------------------------------------------------------
 
 // K of T * K pairs.
 int64_t choices_of(const char* op, int64_t pairs, int64_t tokens, const std::optional<Tensor>& token_row) {

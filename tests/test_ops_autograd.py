@@ -8,6 +8,7 @@ the dispatch rule say yes; the properties are those of each op's own tests.
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import pytest
 import test_ops_compile
@@ -20,10 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import GateCase, GemmCase, MlpCase, gate_cases, gemm_cases, mlp_cases, route_cases
 from test_ops_compile import _fresh_compiler  # noqa: F401  (a fixture)
+from tolerances import truth
 
+from ling_ops import reroute
 from ling_ops.ops import _backend
 
-MODULES = ("gate", "route", "permute", "gemm", "moe_mlp")
+MODULES = ("gate", "route", "capacity", "permute", "gemm", "moe_mlp")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,6 +61,21 @@ def test_dropped_pairs(device: torch.device) -> None:
         test_ops_permute.test_dropped_pairs_are_invisible(device, weighted)
     for dtype in (torch.bfloat16, torch.float32):
         test_ops_moe_mlp.test_dropped_pairs_add_exactly_zero(device, dtype, True)
+
+
+def test_reroute(device: torch.device) -> None:
+    scores = torch.rand(40, 8, device=device).requires_grad_()
+    indices = torch.zeros(40, 2, dtype=torch.int32, device=device)
+    indices[:, 1] = 1
+    weights = torch.rand(40, 2, device=device).requires_grad_()
+    results = []
+    for call in (reroute, partial(truth, reroute)):
+        new_weights, _ = call(scores, weights, indices, capacity=7)
+        gradients = torch.autograd.grad(new_weights.square().sum(), (scores, weights))
+        with torch.no_grad():
+            results.append((new_weights, *gradients, *call(scores, weights, indices, capacity=7)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
 
 
 @given(case=gemm_cases())
@@ -103,7 +121,7 @@ def test_second_derivatives_are_refused_not_wrong(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["topk_gate sigmoid", "route capacity", "permute", "unpermute", "grouped_gemm",
+    ["topk_gate sigmoid", "route capacity", "reroute", "permute", "unpermute", "grouped_gemm",
      "grouped_mm ragged k", "moe_mlp routing"],
 )  # fmt: skip
 def test_fullgraph(device: torch.device, name: str) -> None:

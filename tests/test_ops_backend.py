@@ -12,7 +12,8 @@ import torch
 import ling_ops
 from ling_ops import FallbackWarning, backend_info, grouped_gemm, topk_gate, use_backend
 
-OPS = {"topk_gate", "route", "permute", "unpermute", "grouped_gemm", "grouped_mm", "moe_mlp"}
+OPS = {"topk_gate", "route", "reroute", "capacity", "permute", "unpermute"}
+OPS |= {"grouped_gemm", "grouped_mm", "moe_mlp"}
 
 
 def test_info_says_what_runs_and_why() -> None:

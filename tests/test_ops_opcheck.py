@@ -50,6 +50,14 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
             (indices.int(), E, capacity, weights, mask, True),
             (indices.int(), E, capacity.expand(E).contiguous(), None, None, False),
         ],
+        "reroute": [
+            (logits.softmax(1), weights, indices, capacity, 2),
+            (logits.to(dtype), weights, ids, capacity.expand(E).contiguous(), 1),
+        ],
+        "dynamic_capacity": [(routing.expert_counts, 0.02), (routing.expert_counts.long(), 0.0)],
+        "running_capacity": [
+            (torch.rand(4, device=device), torch.tensor(3, device=device), 3.0, 0.9, 0.05, 4.0),
+        ],
         "permute": [(x, routing.row_token, routing.expert_offsets)],
         "combine": [
             (rows, routing.token_row, None, None),

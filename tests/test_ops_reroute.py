@@ -16,12 +16,16 @@ from ling_ops import reroute, route, topk_gate
 def overflows(draw: st.DrawFn) -> tuple[torch.Tensor, int, object, int]:
     """(scores [T,E], K, capacity, rounds) with demand skewed towards a few experts."""
     tokens = draw(st.sampled_from([0, 1, 5, 40, 97]))
-    experts = draw(st.sampled_from([1, 2, 4, 8, 33]))
+    experts = draw(st.sampled_from([1, 2, 4, 8, 33, 300]))
     k, seed = draw(st.integers(1, min(4, experts))), draw(seeds)
     skew = draw(st.sampled_from([0.0, 1.0, 3.0])) / torch.arange(1, experts + 1)
     logits = torch.randn(tokens, experts, generator=generator(seed)) + skew
     if draw(st.booleans()):
         logits = (2 * logits).round() / 2
+    if draw(st.booleans()):
+        masked = torch.rand(logits.shape, generator=generator(seed + 1)) < 0.1
+        masked[:, 0] = False  # every row keeps a score
+        logits[masked] = float("-inf")
     capacity = draw(capacities(tokens, experts, seed).filter(lambda c: c is not None))
     return logits.softmax(1), k, capacity, draw(st.integers(0, 3))
 
@@ -84,6 +88,16 @@ def test_example(device: torch.device) -> None:
     new_weights, new_indices = reroute(scores, weights, indices, capacity=1, rounds=2)
     assert new_indices.tolist() == [[0], [1], [2]]
     assert new_weights.reshape(-1).tolist() == pytest.approx([0.7, 0.3, 0.2])
+
+
+def test_every_token_wants_the_same_experts(device: torch.device) -> None:
+    """One round for each full expert spreads any skew over all experts, in token order."""
+    tokens, experts = 40, 8
+    scores = torch.arange(experts, 0, -1, device=device).float().expand(tokens, experts)
+    indices = torch.zeros(tokens, 1, dtype=torch.int32, device=device)
+    weights = scores[:, :1].contiguous()
+    spread = reroute(scores, weights, indices, capacity=5, rounds=experts - 1)[1]
+    assert spread.flatten().tolist() == [token // 5 for token in range(tokens)]
 
 
 def test_renormalised_weights_keep_their_factor(device: torch.device) -> None:

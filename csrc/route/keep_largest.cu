@@ -9,13 +9,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kDigits = 256;
 
-// Unsigned integers in the order of floats; NaN is the lowest, -0.0 equals +0.0.
-__device__ uint32_t weight_key(float weight) {
-  const uint32_t bits = __float_as_uint(weight + 0.0f);
-  const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
-  return isnan(weight) ? 0u : key;
-}
-
 struct Threshold {
   uint32_t key;  // pairs above it stay
   int ties;      // and so many of the first ones that equal it
@@ -30,7 +23,7 @@ __device__ Threshold radix_select(const RouteParams& p, const int32_t* segment, 
     __syncthreads();
     const uint32_t mask = shift == 24 ? 0u : ~0u << (shift + 8);
     for (int i = threadIdx.x; i < count; i += kThreads) {
-      const uint32_t key = weight_key(p.weights[segment[i]]);
+      const uint32_t key = ordered_key(p.weights[segment[i]]);
       if ((key & mask) == prefix) atomicAdd(digits + (key >> shift & 255u), 1);
     }
     __syncthreads();
@@ -78,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) keep_largest_kernel(const RouteParam
   for (int begin = 0; begin < count; begin += kThreads) {
     const int i = begin + threadIdx.x;
     const int pair = i < count ? segment[i] : 0;
-    const uint32_t key = i < count && kept < count ? weight_key(p.weights[pair]) : 0u;
+    const uint32_t key = i < count && kept < count ? ordered_key(p.weights[pair]) : 0u;
     const bool tie = i < count && key == threshold.key;
     int tile_ties;
     const int tie_rank = ties + block_exclusive_sum(tie, warp_sums, tile_ties);

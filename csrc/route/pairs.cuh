@@ -18,6 +18,13 @@ __device__ inline int expert_of_pair(const RouteParams& p, int64_t pair) {
   return static_cast<int>(id);
 }
 
+// Unsigned integers in the order of floats; NaN is the lowest (0), -0.0 equals +0.0.
+__device__ inline uint32_t ordered_key(float value) {
+  const uint32_t bits = __float_as_uint(value + 0.0f);
+  const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  return isnan(value) ? 0u : key;
+}
+
 __device__ inline int capacity_of(const RouteParams& p, int expert) {
   return p.capacity == nullptr ? INT32_MAX : max(p.capacity[expert * p.capacity_stride], 0);
 }

@@ -20,6 +20,8 @@ from .. import _extension
 KERNELS: dict[str, str] = {
     "topk_gate": "archs",
     "route": "archs",
+    "reroute": "archs",
+    "capacity": "archs",
     "permute": "archs",
     "unpermute": "archs",
     "grouped_gemm": "gemm_archs",

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 
 from .. import _extension
-from ..reference import gate, gemm, moe_mlp, permute
+from ..reference import capacity, gate, gemm, moe_mlp, permute
 from ..reference.activation import ACTIVATIONS, GATED
 from ..reference.losses import demand
+from ..reference.route import moved_weights, reroute_ids
 from ..reference.route import route as _route
 
 _LIBRARY = torch.library.Library("ling_ops", "DEF")
@@ -96,6 +97,23 @@ def _route_fake(indices, num_experts, capacity, weights, token_mask, by_probabil
     return tuple(indices.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
+def _reroute_cpu(scores, weights, indices, capacity, rounds):
+    new_ids, moved = reroute_ids(scores, indices, capacity=capacity, rounds=rounds)
+    return moved_weights(scores, weights, indices, new_ids, moved), new_ids, moved
+
+
+def _reroute_fake(scores, weights, indices, capacity, rounds):
+    return (
+        weights.new_empty(weights.shape),
+        indices.new_empty(indices.shape),
+        indices.new_empty(indices.shape, dtype=torch.bool),
+    )
+
+
+def _capacity_fake(counts_or_window, *unused):
+    return counts_or_window.new_empty(1, dtype=torch.int32)
+
+
 def _choices(grad_out, row_pair, weights, token_row):
     """K; without tokens only the weights or token_row can tell it."""
     for known in (weights, token_row):
@@ -135,6 +153,23 @@ _define(
     "Tensor row_token, Tensor row_pair, Tensor token_row)",
     _route_cpu,
     _route_fake,
+)
+_define(
+    "reroute(Tensor scores, Tensor weights, Tensor indices, Tensor capacity, int rounds) "
+    "-> (Tensor new_weights, Tensor new_indices, Tensor moved)",
+    _reroute_cpu,
+    _reroute_fake,
+)
+_define(
+    "dynamic_capacity(Tensor expert_counts, float target_drop_rate) -> Tensor",
+    capacity.dynamic_capacity,
+    _capacity_fake,
+)
+_define(
+    "running_capacity(Tensor window, Tensor steps, float mean, float quantile, float margin, "
+    "float max_factor) -> Tensor",
+    capacity.running_capacity,
+    _capacity_fake,
 )
 _define(
     "permute(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor? token_row=None) -> Tensor",

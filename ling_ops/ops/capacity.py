@@ -7,11 +7,34 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..reference.capacity import dynamic_capacity
-from . import _checks
+from ..reference import capacity as reference
+from . import _checks, _library  # noqa: F401
+from ._backend import use_kernel
 
 KINDS = ("dropless", "fixed", "dynamic")
 MODES = ("batch", "running")
+MAX_KERNEL_WINDOW = 1024
+
+
+def _dynamic_capacity(expert_counts: Tensor, target_drop_rate: float) -> Tensor:
+    """C* of the demand, an int32 tensor [1]."""
+    unsupported = None
+    if expert_counts.dtype not in _checks.IDS:
+        unsupported = "the counts are neither int32 nor int64"
+    if not use_kernel("capacity", expert_counts, unsupported):
+        return reference.dynamic_capacity(expert_counts, target_drop_rate)
+    counts = expert_counts.reshape(-1).contiguous()
+    return torch.ops.ling_ops.dynamic_capacity(counts, target_drop_rate)
+
+
+def _running_capacity(window: Tensor, steps: Tensor, *rule: float) -> Tensor:
+    """C from past steps, an int32 tensor [1]; `rule`: mean, quantile, margin, max_factor."""
+    unsupported = None
+    if window.numel() > MAX_KERNEL_WINDOW:
+        unsupported = f"the window is longer than the kernel's {MAX_KERNEL_WINDOW}"
+    if not use_kernel("capacity", window, unsupported):
+        return reference.running_capacity(window, steps, *rule)
+    return torch.ops.ling_ops.running_capacity(window.float(), steps, *rule)
 
 
 class CapacityPolicy(nn.Module):
@@ -115,19 +138,9 @@ class CapacityPolicy(nn.Module):
         if self.kind == "fixed":
             return math.ceil(self.factor * mean)
         if self.mode == "batch":
-            star = dynamic_capacity(expert_counts, self.target_drop_rate)
-            return star.to(torch.int32).reshape(1)
-        return (self._running_factor() * mean).ceil().to(torch.int32).reshape(1)
-
-    def _running_factor(self) -> Tensor:
-        """c of the running mode, 0-dim float on the window's device."""
-        ordered = self.window.float().sort().values  # what isn't filled yet is NaN, and last
-        filled = self.steps.clamp(max=self.window.numel())
-        at = (self.quantile * (filled - 1)).clamp(min=0).reshape(1)
-        low, high = (ordered.gather(0, rank.long()) for rank in (at.floor(), at.ceil()))
-        past = torch.lerp(low, high, at.float() - at.floor()).squeeze(0) * (1 + self.margin)
-        past = torch.where(self.steps > 0, past, self.max_factor)
-        return past.clamp(1.0, self.max_factor)
+            return _dynamic_capacity(expert_counts, self.target_drop_rate)
+        rule = (self.quantile, self.margin, self.max_factor)
+        return _running_capacity(self.window, self.steps, mean, *rule)
 
     @torch.no_grad()
     def update(self, expert_counts: Tensor) -> None:
@@ -138,9 +151,9 @@ class CapacityPolicy(nn.Module):
         if self.kind != "dynamic" or self.mode != "running":
             return
         mean = expert_counts.double().mean().clamp(min=1e-9)
-        ratio = dynamic_capacity(expert_counts, self.target_drop_rate) / mean
+        ratio = _dynamic_capacity(expert_counts, self.target_drop_rate) / mean
         slot = (self.steps % self.window.numel()).reshape(1)
-        self.window.index_copy_(0, slot, ratio.to(self.window.dtype).reshape(1))
+        self.window.index_copy_(0, slot, ratio.to(self.window.dtype))
         self.steps.add_(1)
 
     def extra_repr(self) -> str:

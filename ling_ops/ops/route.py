@@ -12,6 +12,7 @@ from ._backend import use_kernel
 
 PRIORITIES = ("position", "probability")
 MAX_KERNEL_EXPERTS = 4096
+MAX_KERNEL_REROUTE_CHOICES = 32
 
 
 def capacity_tensor(capacity: int | Tensor, num_experts: int, device: torch.device) -> Tensor:
@@ -109,6 +110,14 @@ def route(
     return Routing(*fields)
 
 
+def _reroute_unsupported(scores: Tensor, weights: Tensor, indices: Tensor) -> str | None:
+    if torch.float64 in (scores.dtype, weights.dtype):
+        return "scores or weights are float64"
+    if indices.shape[1] > MAX_KERNEL_REROUTE_CHOICES:
+        return f"K = {indices.shape[1]} is beyond the kernel's {MAX_KERNEL_REROUTE_CHOICES}"
+    return _unsupported(indices, scores.shape[1], None)
+
+
 def reroute(
     scores: Tensor,
     weights: Tensor,
@@ -148,4 +157,15 @@ def reroute(
     _checks.same_device("indices", indices, "scores", scores)
     _checks.integer("rounds", rounds, 0)
     limit = capacity_tensor(capacity, scores.shape[1], scores.device)
-    return reference.reroute(scores, weights, indices, capacity=limit, rounds=rounds)
+    if not use_kernel("reroute", scores, _reroute_unsupported(scores, weights, indices)):
+        return reference.reroute(scores, weights, indices, capacity=limit, rounds=rounds)
+    new_weights, new_indices, moved = torch.ops.ling_ops.reroute(
+        scores.detach().contiguous(),
+        weights.detach().float().contiguous(),
+        indices.contiguous(),
+        limit,
+        rounds,
+    )
+    if torch.is_grad_enabled() and (scores.requires_grad or weights.requires_grad):
+        new_weights = reference.moved_weights(scores, weights, indices, new_indices, moved)
+    return new_weights.to(weights.dtype), new_indices

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gate import RENORMALIZE_EPSILON, ordered_key, stable_topk
+from .gate import RENORMALIZE_EPSILON, ordered_key, stable_topk, upcast
 
 
 class Routing(NamedTuple):
@@ -104,10 +104,13 @@ def _propose(key: Tensor, free: Tensor, indices: Tensor, overflow: Tensor) -> Te
     return torch.where(overflow & open_to.gather(1, candidate), candidate, num_experts)
 
 
-def reroute(
-    scores: Tensor, weights: Tensor, indices: Tensor, *, capacity: Tensor, rounds: int = 2
+def reroute_ids(
+    scores: Tensor, indices: Tensor, *, capacity: Tensor, rounds: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """See `ling_ops.reroute`; `capacity` is an integer tensor [1] or [E] here."""
+    """(new ids [T,K] in indices' dtype, which of them moved [T,K]) of `ling_ops.reroute`.
+
+    `capacity` is an integer tensor [1] or [E] here.
+    """
     num_experts = scores.shape[1]
     limit = capacity.to(torch.int64).clamp(min=0).expand(num_experts)
     ids = valid_experts(indices, num_experts, None, num_experts).view(indices.shape)
@@ -126,19 +129,38 @@ def reroute(
         moved, overflow = moved | accepted, overflow & ~accepted
         taken = expert_rank(torch.where(accepted, ids, num_experts).reshape(-1), num_experts)[1]
         free = free - taken
-    return _moved_weights(scores, weights, indices, ids, moved), torch.where(
-        moved, ids.to(indices.dtype), indices
-    )
+    return torch.where(moved, ids.to(indices.dtype), indices), moved
 
 
-def _moved_weights(scores, weights, old_ids, new_ids, moved) -> Tensor:
-    """A moved pair's weight is its new expert's score under its token's own normalisation."""
+def moved_weights(
+    scores: Tensor, weights: Tensor, old_ids: Tensor, new_ids: Tensor, moved: Tensor
+) -> Tensor:
+    """A moved pair's weight is its new expert's score under its token's own normalisation.
+
+    In fp32 (float64 for float64); sums are taken in the order of the choices.
+    """
     num_experts = scores.shape[1]
+    scores = upcast(scores)
     old = valid_experts(old_ids, num_experts, None, num_experts).view(old_ids.shape)
     valid = old < num_experts
     old_scores = torch.where(valid, scores.gather(1, old.clamp(max=num_experts - 1)), 0.0)
-    kept_weights = torch.where(valid, weights, 0.0)
-    total = kept_weights.sum(1, keepdim=True)
-    factor = total / (old_scores.sum(1, keepdim=True) + RENORMALIZE_EPSILON)
-    new_scores = scores.gather(1, new_ids.clamp(max=num_experts - 1))
+    total = _sum_in_order(torch.where(valid, upcast(weights), 0.0))
+    factor = total / (_sum_in_order(old_scores) + RENORMALIZE_EPSILON)
+    new_scores = scores.gather(1, torch.where(moved, new_ids.long(), 0))
     return torch.where(moved, (new_scores * factor).to(weights.dtype), weights)
+
+
+def _sum_in_order(values: Tensor) -> Tensor:
+    """Sums [T,1] of values [T,K], from the first choice to the last."""
+    first, *others = values.unbind(1)
+    for value in others:
+        first = first + value
+    return first.unsqueeze(1)
+
+
+def reroute(
+    scores: Tensor, weights: Tensor, indices: Tensor, *, capacity: Tensor, rounds: int = 2
+) -> tuple[Tensor, Tensor]:
+    """See `ling_ops.reroute`; `capacity` is an integer tensor [1] or [E] here."""
+    new_ids, moved = reroute_ids(scores, indices, capacity=capacity, rounds=rounds)
+    return moved_weights(scores, weights, indices, new_ids, moved), new_ids

@@ -38,4 +38,31 @@ int64_t route_workspace(int64_t tokens, int choices, int experts, bool by_probab
 // One launch where one block holds all pairs, two otherwise; one more by probability.
 void launch_route(const RouteParams& params, cudaStream_t stream);
 
+constexpr int kMaxRerouteChoices = 32;
+
+// Rounds in which overflowing pairs ask for their token's best-scored expert with room.
+struct RerouteParams {
+  const void* scores;       // [T,E] contiguous
+  DType score_dtype;        // fp32, bf16, fp16
+  const float* weights;     // [T,K]
+  const void* indices;      // [T,K] contiguous
+  DType index_dtype;        // int32, int64
+  const int32_t* capacity;  // [1] or [E]; negative counts as 0
+  int capacity_stride;      // 0 for [1], 1 for [E]
+  float* new_weights;       // [T,K]
+  void* new_indices;        // [T,K] in index_dtype
+  bool* moved;              // [T,K]
+  int32_t* workspace;       // [reroute_workspace()]
+  int64_t tokens;           // T; T * K <= kMaxRoutePairs
+  int choices;              // K <= kMaxRerouteChoices
+  int experts;              // E <= kMaxRouteExperts
+  int rounds;
+};
+
+// int32 elements of workspace that launch_reroute needs.
+int64_t reroute_workspace(int64_t tokens, int choices, int experts);
+
+// One routing, then one launch and one routing a round, then one launch.
+void launch_reroute(const RerouteParams& params, cudaStream_t stream);
+
 }  // namespace ling
