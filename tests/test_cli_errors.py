@@ -187,8 +187,9 @@ def test_foreign_checkpoints(fails, tmp_path):
     (tmp_path / "state.json").write_text('{"weights": 3}')
     assert "not a ling-ops checkpoint" in fails("generate", "--checkpoint", tmp_path)
     (tmp_path / "state.json").unlink()
-    (tmp_path / "config.json").write_text("{}")
     assert "holds no ling-ops checkpoint" in fails("generate", "--checkpoint", tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert "LlamaForCausalLM" in fails("generate", "--checkpoint", tmp_path)
     assert "no such checkpoint" in fails("generate", "--checkpoint", tmp_path / "absent")
 
 

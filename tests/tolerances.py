@@ -33,6 +33,9 @@ import torch
 import ling_ops
 
 NAIVE_FACTOR = 1.5
+#: A layer of a model rounds some dozen tensors (norms, projections, rotation, scores, softmax,
+#: values, router, two products of experts, activation, sums), and as many in the backward.
+LAYER_ROUNDINGS = 24
 SCORE_ULPS = 16  # exp (2 ulps), its sum over E (log2 E by pairs, or E in order), one division
 
 

@@ -1,24 +1,23 @@
-"""`ling-ops generate`: continue a text, showing bytes as they come."""
+"""`ling-ops generate`: continue a text, showing it as it comes."""
 
 from __future__ import annotations
 
 import argparse
-import codecs
 import sys
 import time
-from typing import Any
+from pathlib import Path
 
 from ling_ops.cli.errors import CommandError, require_extra
-
-END_OF_TEXT = 0  # the byte that ends each file in training
+from ling_ops.cli.text import TOKENIZER, ByteText, TokenizerText
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `generate` to the command's subparsers."""
     parser = commands.add_parser("generate", help="continue a text with a trained model")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a run folder or one of its checkpoints"
-    )
+        "--checkpoint", required=True, metavar="DIR",
+        help="a run folder, one of its checkpoints, or a folder in the published Ling format",
+    )  # fmt: skip
     parser.add_argument("--prompt", default="", help="text to continue (default: a new text)")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
@@ -37,21 +36,20 @@ def run(arguments: argparse.Namespace) -> int:
     require_extra("generate")
     import torch
 
-    from ling_ops.cli.checkpoint import find_checkpoint, load_checkpoint
-    from ling_ops.cli.modeling import build_model, pick_device, pick_dtype, saved_config
-
-    found = load_checkpoint(find_checkpoint(arguments.checkpoint), groups=("model",))
-    device = pick_device(arguments.device)
-    dtype = pick_dtype(arguments.dtype, device)
-    model = build_model(saved_config(found.state), device, dtype, found.tensors["model"]).eval()
-    prompt = arguments.prompt.encode("utf-8", "surrogateescape") or bytes([END_OF_TEXT])
-    printer = BytePrinter(sys.stdout)
+    model, text = _load(arguments)
+    device = model.lm_head.weight.device
+    prompt = text.encode(arguments.prompt)
+    if max(prompt) >= model.config.vocab_size:
+        raise CommandError(
+            f"the prompt has token {max(prompt)}; the model knows {model.config.vocab_size}"
+        )
+    printer = text.printer(sys.stdout)
     printer.text(arguments.prompt)
     started = time.monotonic()
     model.generate(
-        torch.tensor([list(prompt)], device=device),
+        torch.tensor([prompt], device=device),
         max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
-        top_p=arguments.top_p, eos_token_id=END_OF_TEXT,
+        top_p=arguments.top_p, eos_token_id=text.end_of_text,
         generator=torch.Generator(device).manual_seed(arguments.seed), streamer=printer,
     )  # fmt: skip
     seconds = time.monotonic() - started
@@ -59,6 +57,44 @@ def run(arguments: argparse.Namespace) -> int:
     pace = printer.count / max(seconds, 1e-9)
     print(f"{printer.count} tokens in {seconds:.2f} s, {pace:.1f} tokens/s", file=sys.stderr)
     return 0
+
+
+def _load(arguments: argparse.Namespace):
+    """The model of a training checkpoint or of a published one, and what its tokens mean."""
+    from ling_ops.cli.checkpoint import (
+        STATE,
+        find_checkpoint,
+        has_checkpoint,
+        load_checkpoint,
+    )
+    from ling_ops.cli.modeling import build_model, pick_device, pick_dtype, saved_config
+
+    folder = Path(arguments.checkpoint)
+    device = pick_device(arguments.device)
+    dtype = pick_dtype(arguments.dtype, device)
+    trained = (folder / STATE).is_file() or has_checkpoint(folder)
+    if (folder / "config.json").is_file() and not trained:
+        return _load_published(folder, device, dtype)
+    found = load_checkpoint(find_checkpoint(folder), groups=("model",))
+    model = build_model(saved_config(found.state), device, dtype, found.tensors["model"])
+    return model.eval(), ByteText()
+
+
+def _load_published(folder: Path, device, dtype):
+    from ling_ops.models import CheckpointError, LingForCausalLM
+
+    try:
+        model = LingForCausalLM.from_pretrained(folder, dtype=dtype, device=device)
+    except CheckpointError as error:
+        raise CommandError(str(error)) from error
+    if (folder / TOKENIZER).is_file():
+        return model, TokenizerText(folder, model.foreign_config)
+    if model.config.vocab_size != 256:
+        raise CommandError(
+            f"{str(folder)!r} has no {TOKENIZER}, and its {model.config.vocab_size} tokens are "
+            "not bytes"
+        )
+    return model, ByteText()
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -70,29 +106,3 @@ def _check(arguments: argparse.Namespace) -> None:
     ):
         if bad:
             raise CommandError(message, code=2)
-
-
-class BytePrinter:
-    """Writes bytes as text as soon as they complete a character; a broken one shows as U+FFFD."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.count = stream, 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def text(self, text: str) -> None:
-        """Write text as it is."""
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        self.stream.write(text.encode(encoding, "replace").decode(encoding))
-        self.stream.flush()
-
-    def __call__(self, token: Any) -> None:
-        """Take the next token: an int, or a tensor that holds one."""
-        self.count += 1
-        token = int(token)
-        if token != END_OF_TEXT:
-            # A vocabulary larger than the bytes has ids that no byte stands for.
-            self.text(self._decoder.decode(bytes([token if token < 256 else 0xFF])))
-
-    def end(self) -> None:
-        """Write what is left of a cut character, and a last newline."""
-        self.text(self._decoder.decode(b"", final=True) + "\n")

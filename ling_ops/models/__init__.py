@@ -6,9 +6,11 @@ from .cache import KVCache
 from .config import LingConfig
 from .ling import LingForCausalLM, LingOutput, ParameterCount, next_token_loss
 from .presets import PRESETS
+from .published import CheckpointError
 
 __all__ = [
     "PRESETS",
+    "CheckpointError",
     "KVCache",
     "LingConfig",
     "LingForCausalLM",

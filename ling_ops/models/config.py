@@ -61,8 +61,9 @@ class LingConfig:
     rope_theta: float = 600_000.0
     partial_rotary_factor: float = 0.5
     rms_norm_eps: float = 1e-6
+    norm_head: bool = False  #: each column of lm_head's weight is divided by its norm (Ling V1)
     init_std: float | None = 0.02  #: None: 1/sqrt(fan_in), and 1 for the embedding
-    family: str = "custom"  #: whose numbers these are: article, ling2 or custom
+    family: str = "custom"  #: whose numbers these are: article, ling1, ling2 or custom
 
     def __post_init__(self) -> None:
         self.validate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -140,9 +141,44 @@ class LingForCausalLM(nn.Module):
         options = {"device": device, "dtype": dtype}
         self.config = config
         self.activation_checkpointing = False
+        self.foreign_config: dict = {}  # what else the config.json said that it was read from
         self.model = LingModel(config, **options)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **options)
         self.reset_parameters()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> LingForCausalLM:
+        """The model in ``folder``, in the format of the published Ling models, in eval mode.
+
+        The folder holds ``config.json`` (architecture BailingMoeV2ForCausalLM, or
+        BailingMoeForCausalLM of V1) and ``model.safetensors``, or several files and their index.
+        ``dtype`` None keeps every tensor's own (an FP8 export becomes its ``torch_dtype``); the
+        expert bias is always fp32. Files are memory-mapped and go tensor by tensor into their
+        place on ``device``: the host holds no copy of a model that is loaded on a GPU. Layers
+        that predict further tokens (``num_nextn_predict_layers``) are not read.
+
+        Raises CheckpointError: what is missing, unexpected, of another shape, or not supported.
+        """
+        from .pretrained import load
+
+        return load(cls, folder, dtype=dtype, device=device)
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5 * 2**30) -> None:
+        """Writes the model to ``folder`` as ``from_pretrained`` reads it, bit for bit.
+
+        Files of at most ``max_shard_bytes``, and an index if they are several. ``config.json``
+        comes last: a folder without it is unfinished. Raises FileExistsError where ``folder``
+        holds a checkpoint already. One file's tensors at a time are copied to the host.
+        """
+        from .pretrained import save
+
+        save(self, folder, max_shard_bytes=max_shard_bytes)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -196,9 +232,17 @@ class LingForCausalLM(nn.Module):
             cache.advance(length)
         if last_logits_only:
             hidden = hidden[:, -1:]
-        logits = self.lm_head(hidden)
+        logits = self._head(hidden)
         loss = None if labels is None else next_token_loss(logits, labels, token_mask)
         return LingOutput(logits, loss, cache)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.config.norm_head:
+            # W / (norm of each column) applied to x is W applied to x / norm.
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(self.lm_head.weight, dim=0, dtype=wide)
+            hidden = (hidden / (norm + 1e-7)).to(hidden.dtype)
+        return self.lm_head(hidden)
 
     def _layers(self, input_ids, shared, token_mask, cache, replay_indices) -> torch.Tensor:
         replay = iter(replay_indices or ())

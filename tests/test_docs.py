@@ -1,0 +1,74 @@
+"""Every code block of docs/ runs, a page's blocks one after the other."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import run_command
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def prepare_checkpoints() -> None:
+    """Ling-mini-2.0, but tiny, with a tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("safetensors")
+    from ling_ops.models import LingConfig, LingForCausalLM
+
+    config = LingConfig.preset(
+        "ling-mini-2.0", vocab_size=300, hidden_size=64, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=16, intermediate_size=80, moe_intermediate_size=24,
+        num_experts=16,
+    )  # fmt: skip
+    LingForCausalLM(config, dtype=torch.bfloat16).save_pretrained("Ling-mini-2.0")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["Mixture of experts, a mixture of experts"], vocab_size=300)
+    tokenizer.save("Ling-mini-2.0/tokenizer.json")
+
+
+def prepare_transformers() -> None:
+    """Qwen3-30B-A3B, but tiny."""
+    pytest.importorskip("transformers", minversion="5.8")
+    from transformers_models import build
+
+    build("qwen3_moe", "eager").save_pretrained("Qwen3-30B-A3B")
+
+
+PREPARE = {
+    "checkpoints.md": prepare_checkpoints,
+    "integrations-transformers.md": prepare_transformers,
+}
+
+
+def run_shell(lines: str) -> None:
+    for line in lines.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "ling-ops", f"a test cannot run {line!r}"
+        done = run_command(*arguments)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore::ling_ops.ops._backend.FallbackWarning")
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = BLOCK.findall(text)
+    assert blocks and text.count("```") == 2 * len(blocks)
+    PREPARE.get(page, lambda: None)()
+    names: dict = {}
+    for language, code in blocks:
+        if language == "bash":
+            run_shell(code)
+        elif language == "json":
+            json.loads(code)
+        else:
+            assert language == "python", f"a block of {page} names the language {language!r}"
+            exec(compile(code, page, "exec"), names)

@@ -1,0 +1,165 @@
+"""Whole models of transformers on ling_ops against their own eager experts."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.8")
+import transformers
+from tolerances import LAYER_ROUNDINGS, assert_bitwise, assert_within
+from transformers_models import FAMILIES, build, experts_of
+
+import ling_ops.integrations.transformers as integration
+
+pytestmark = pytest.mark.filterwarnings("ignore::ling_ops.ops._backend.FallbackWarning")
+
+FUSED = {"nemotron_h": "relu2", "gpt_oss": None}
+
+
+def tokens(device: torch.device, length: int = 23) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(1, 64, (2, length), generator=generator).to(device)
+
+
+def results(model, input_ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """Logits, and the gradients of all parameters for a fixed weighting of the logits."""
+    logits = model(input_ids, use_cache=False).logits
+    weighting = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    objective = (logits * weighting.to(logits)).sum()
+    grads = torch.autograd.grad(objective, parameters, allow_unused=True)
+    return {"logits": logits.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def assert_agrees(actual: dict, exact: dict, naive: dict, layers: int) -> None:
+    for name, truth in exact.items():
+        if truth is None:
+            assert actual[name] is None and naive[name] is None, name
+            continue
+        assert_within(
+            actual[name], truth, naive=naive[name], roundings=LAYER_ROUNDINGS * layers, name=name
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_all_gradients_agree(family, device, monkeypatch):
+    model = build(family, "eager").to(device)
+    input_ids = tokens(device)
+    naive = results(model, input_ids)
+    exact = results(copy.deepcopy(model).double(), input_ids)
+    calls = []
+    recognize = integration._recognize
+    monkeypatch.setattr(integration, "_recognize", lambda m: calls.append(m) or recognize(m))
+    model.set_experts_implementation("ling_ops")
+    actual = results(model, input_ids)
+    layers = sum(1 for module in model.modules() if hasattr(module, "is_concatenated"))
+    assert len(calls) == layers > 0
+    assert_agrees(actual, exact, naive, model.config.num_hidden_layers)
+    experts = next(n for n, grad in exact.items() if "experts" in n and "down_proj" in n)
+    assert exact[experts].abs().max() > 1e-2  # the experts are seen in the objective
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kind_of_path_is_the_expected_one(family):
+    told = integration.explain(build(family, "ling_ops"))
+    assert told and all(
+        entry["activation"] == FUSED.get(family, "swiglu") and entry["active"]
+        for entry in told.values()
+    )
+    assert all(bool(entry["reason"]) == (entry["activation"] is None) for entry in told.values())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "nemotron_h"])
+def test_generation_gives_the_same_tokens(family, device):
+    model = build(family, "eager").to(device)
+    prompt = tokens(device, 5)
+    arguments = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(prompt, **arguments)
+    model.set_experts_implementation("ling_ops")
+    assert torch.equal(model.generate(prompt, **arguments), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_gradient_checkpointing_changes_no_bit(family, device):
+    model = build(family, "ling_ops").to(device).train()
+    plain = results(model, tokens(device))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, grad in results(model, tokens(device)).items():
+        assert_bitwise(grad, plain[name], name)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "gpt_oss"])
+def test_a_whole_model_compiles_without_a_break(family, device):
+    model = build(family, "ling_ops").to(device)
+    plain = results(model, tokens(device))
+    torch._dynamo.reset()
+    # What recognizes an activation must also work when the first call is a traced one.
+    integration_cache().cache_clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    weighting = torch.randn(plain["logits"].shape, generator=torch.Generator().manual_seed(4))
+    logits = compiled(tokens(device), use_cache=False).logits
+    (logits * weighting.to(logits)).sum().backward()
+    assert_within(logits, plain["logits"].double(), roundings=LAYER_ROUNDINGS * 2, name="logits")
+    for name, parameter in model.named_parameters():
+        if plain[name] is not None:
+            assert_within(
+                parameter.grad, plain[name].double(), roundings=LAYER_ROUNDINGS * 2, name=name
+            )
+
+
+def integration_cache():
+    from ling_ops.integrations import _activations
+
+    return _activations._compare
+
+
+def test_a_few_training_steps_stay_together(device):
+    losses = {}
+    for implementation in ("eager", "ling_ops"):
+        model = build("olmoe", implementation).to(device).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        losses[implementation] = []
+        for _ in range(4):
+            loss = model(tokens(device), labels=tokens(device)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[implementation].append(loss.item())
+    assert losses["ling_ops"] == pytest.approx(losses["eager"], rel=1e-5)
+    assert losses["ling_ops"][-1] < losses["ling_ops"][0]
+
+
+def test_the_name_works_wherever_transformers_takes_one(tmp_path, device):
+    model = build("mixtral", "eager").to(device)
+    expected = model(tokens(device)).logits
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, experts_implementation="ling_ops"
+    ).to(device)
+    assert loaded.config._experts_implementation == "ling_ops"
+    torch.testing.assert_close(loaded(tokens(device)).logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="ling_ops"):  # transformers lists what it knows
+        loaded.set_experts_implementation("no_such_thing")
+
+
+def test_another_name_can_be_registered():
+    integration.register("another_name")
+    model = build("mixtral", "another_name")
+    assert experts_of(model).config._experts_implementation == "another_name"
+    model(tokens(torch.device("cpu")))
+
+
+def test_missing_or_old_transformers_is_named(monkeypatch):
+    from transformers.integrations import moe
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moe, "use_experts_implementation", lambda experts_class=None: experts_class)
+        with pytest.raises(ImportError, match=r"5\.8 or later.*ling-ops\[hf\]"):
+            integration.register()
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+    with pytest.raises(ImportError, match=r"5\.8 or later.*ling-ops\[hf\]"):
+        integration.register()
