@@ -14,19 +14,25 @@ constexpr int kHalfRows = 64;                             // rows of one wgmma: 
 constexpr int kTileM = kHalfRows * kMathWarpgroups;       // rows of a block's tile
 constexpr int kTileK = 64;                                // one swizzle row of the contraction
 constexpr int kBoxBytes = kRaggedRows * kBoxColumns * 2;  // a 64 x 64 box in shared memory
+constexpr int kStagingBoxes = 2;                          // output boxes that a math warpgroup fills in turns
 constexpr int kTileSlots = 4;                             // tiles under way between the warps of a cluster
-constexpr int kStagingBoxes = 2;                          // output boxes that a math warpgroup owns
 
 using cute::SM90::GMMA::Major;
 
 // How rows reach shared memory.
 enum class Rows { kContiguous, kGathered };
 
+// Who completes a tile.
+enum class Output {
+  kInTurns,   // the math warpgroups, through two boxes each
+  kDetached,  // other warps, under the next tile's products: the math warpgroups leave the tile in shared memory
+};
+
 // A tile (M, N, K) of 128 x kTileN_ x 64 per block. The kCluster_ blocks of a cluster are stacked along M and share
 // their columns: each loads a part of them for all.
 // With kParts 2, the columns of a tile are kTileN / 2 of the gate and the same ones of the up projection.
 template <class Element_, int kTileN_, int kCluster_, Major kMajorA_, Major kMajorB_, Rows kRows_ = Rows::kContiguous,
-          int kParts_ = 1>
+          int kParts_ = 1, Output kOutput_ = Output::kInTurns>
 struct Config {
   using Element = Element_;
   static constexpr int kTileN = kTileN_;
@@ -35,7 +41,12 @@ struct Config {
   static constexpr Major kMajorB = kMajorB_;
   static constexpr Rows kRows = kRows_;
   static constexpr int kParts = kParts_;
-  static constexpr int kStages = kTileN == 256 ? 4 : 6;
+  static constexpr bool kDetached = kOutput_ == Output::kDetached;
+  // Warps of the loading warpgroup: all copy gathered rows, or one loads and the others complete the tiles.
+  static constexpr int kLoadWarps = kRows == Rows::kGathered && !kDetached ? 4 : 1;
+  static constexpr int kDetachedWarps = kDetached ? 4 - kLoadWarps : 0;
+  static constexpr int kOutputBoxes = kDetached ? kTileN / kBoxColumns : kStagingBoxes;  // of a math warpgroup
+  static constexpr int kStages = kTileN == 128 ? 6 : kDetached ? 3 : 4;
   static constexpr int kSliceN = kTileN / kCluster;            // columns that one block loads for all
   static constexpr int kRowTile = kTileM * kCluster;           // rows of a cluster's tile
   static constexpr int kPartN = kTileN / kParts;               // columns of one part in a block's tile
@@ -72,9 +83,11 @@ struct Config {
   struct Shared {
     alignas(1024) Element a[cute::cosize_v<LayoutA>];
     alignas(1024) Element b[cute::cosize_v<LayoutB>];
-    alignas(1024) uint8_t staging[kMathWarpgroups][kStagingBoxes][kBoxBytes];
+    alignas(1024) uint8_t staging[kMathWarpgroups][kOutputBoxes][kBoxBytes];
     uint64_t full[kStages];
     uint64_t empty[kStages];
+    uint64_t staged[kMathWarpgroups];
+    uint64_t taken[kMathWarpgroups];
     uint64_t tile_full[kTileSlots];
     uint64_t tile_empty[kTileSlots];
     int tiles[kTileSlots][8];

@@ -1,5 +1,5 @@
-// The last step of the activation's backward: each row's partial sums, one per column tile, become the gradient of its
-// pair's routing weight.
+// The last step of the activation's backward: each row's partial sums, one per kDactSumColumns columns, become the
+// gradient of its pair's routing weight.
 #include "ling/gemm.h"
 #include "tile_shape.h"
 
@@ -14,13 +14,13 @@ __global__ void sum_partials(const MoeDactParams p) {
   const int64_t pair = p.row_pair[row];
   if (pair < 0 || pair >= p.pairs) return;
   float sum = 0.0f;
-  for (int64_t i = 0; i < ceil_div<int64_t>(p.columns, gemm::kDactTileN); ++i) sum += p.partial[i * p.rows + row];
+  for (int64_t i = 0; i < ceil_div<int64_t>(p.columns, gemm::kDactSumColumns); ++i) sum += p.partial[i * p.rows + row];
   p.grad_weights[pair] = sum;
 }
 
 }  // namespace
 
-int64_t dact_partials(int64_t columns) { return ceil_div<int64_t>(columns, gemm::kDactTileN); }
+int64_t dact_partials(int64_t columns) { return ceil_div<int64_t>(columns, gemm::kDactSumColumns); }
 
 namespace gemm {
 void sum_dact_partials(const MoeDactParams& p, cudaStream_t stream) {

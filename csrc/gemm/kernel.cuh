@@ -1,6 +1,7 @@
 // The one kernel of all grouped products: persistent blocks, one loading and two multiplying warpgroups.
 #pragma once
 
+#include "detached.cuh"
 #include "epilogue.cuh"
 #include "gather_contraction.cuh"
 #include "load.cuh"
@@ -25,15 +26,17 @@ struct KernelParams {
   ZeroedRows zeroed[2];
 };
 
-// Registers a thread: what the branches need, out of 64 Ki for 384 threads.
+// Registers a thread: what the branches need, out of the 168 that each of 384 threads starts with.
 template <class Config>
-constexpr int kLoadRegisters = Config::kRows == Rows::kContiguous ? 56
-                               : Config::kContractsRows           ? 96
-                                                                  : 72;
+constexpr int kLoadRegisters = Config::kDetached                    ? 136
+                               : Config::kRows == Rows::kContiguous ? 56
+                               : Config::kContractsRows             ? 96
+                                                                    : 72;
 template <class Config>
-constexpr int kMathRegisters = Config::kRows == Rows::kContiguous ? 224
-                               : Config::kContractsRows           ? 200
-                                                                  : 216;
+constexpr int kMathRegisters = Config::kDetached                    ? 184
+                               : Config::kRows == Rows::kContiguous ? 224
+                               : Config::kContractsRows             ? 200
+                                                                    : 216;
 
 // Zeroes rows [begin, end), 16 bytes a thread, over the math threads of the whole grid.
 __device__ inline void zero_rows(const ZeroedRows& zeroed, int64_t begin, int64_t end) {
@@ -112,6 +115,21 @@ __device__ void multiply(Ring<Config>& ring, Mma& mma, const FragmentA& tCrA, co
   ring.release(1);
 }
 
+// Completes tile after tile in the warps of the loading warpgroup that do not load.
+template <class Config, class Product, class Epilogue>
+__device__ void complete_tiles(const KernelParams<Epilogue>& params, typename Config::Shared& shared, int warp,
+                               int block) {
+  Handoff<Config> handoff(shared);
+  TileQueue<Config> queue(shared);
+  Epilogue::specialise(params.epilogue, [&]<auto kCode>() {
+    Epilogue epilogue(params.epilogue, warp - Config::kLoadWarps);
+    for (Tile tile = queue.receive(); tile.expert >= 0; tile = queue.receive()) {
+      const Work work = Product::work(tile, params.extents, block);
+      if (work.active(0)) epilogue.template run<kCode>(handoff, work);
+    }
+  });
+}
+
 template <class Config, template <class> class ProductOf, template <class, class> class EpilogueOf>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ KernelParams<EpilogueOf<Config, ProductOf<Config>>> params) {
@@ -119,9 +137,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Epilogue = EpilogueOf<Config, Product>;
   using Shared = typename Config::Shared;
   constexpr bool gathered = Config::kRows == Rows::kGathered;
-  constexpr int loading_warps = gathered ? kWarpgroup / 32 : 1;
-  constexpr int loaders = gathered ? 1 + kWarpgroup : 1;
-  static_assert((kLoadRegisters<Config> + kMathWarpgroups * kMathRegisters<Config>)*kWarpgroup <= 65536);
+  constexpr int loaders = gathered ? 1 + 32 * Config::kLoadWarps : 1;
+  static_assert((kLoadRegisters<Config> + kMathWarpgroups * kMathRegisters<Config>)*kWarpgroup <= kThreads * 168);
 
   // ---- shared memory
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -130,7 +147,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   // ---- barriers
   const int block = Config::kCluster > 1 ? ptx::block_in_cluster() : 0;
   if (threadIdx.x == 0) {
-    TileQueue<Config>::initialise(shared, kMathWarpgroups * 4 + loading_warps);
+    TileQueue<Config>::initialise(shared, kMathWarpgroups * 4 + Config::kLoadWarps + Config::kDetachedWarps);
+    if constexpr (Config::kDetached) Handoff<Config>::initialise(shared);
     Ring<Config>::initialise(shared, loaders);
   }
   __syncthreads();
@@ -140,19 +158,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   // ---- scheduler
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int warpgroup = warp / 4;
   Ring<Config> ring(shared);
 
   if (warpgroup == 0) {
     // ---- load branch
     ptx::shrink_registers<kLoadRegisters<Config>>();
-    if constexpr (gathered) {
+    if (Config::kDetached && warp >= Config::kLoadWarps) {
+      if constexpr (Config::kDetached) complete_tiles<Config, Product, Epilogue>(params, shared, warp, block);
+    } else if constexpr (gathered) {
       using Params = KernelParams<Epilogue>;
       using Loader = std::conditional_t<Config::kContractsRows, GatheredContractionLoader<Config, Product, Params>,
                                         GatheredLoader<Config, Product, Params>>;
       Loader(params, shared, ring, block).run();
     } else {
-      if (threadIdx.x < 32) load_contiguous<Config, Product>(params, shared, ring, block);
+      if (warp == 0) load_contiguous<Config, Product>(params, shared, ring, block);
     }
   } else {
     // ---- math branch
@@ -167,6 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     cute::Tensor tCrA = thread_mma.make_fragment_A(thread_mma.partition_A(sA));        // (MMA,MMA_M,MMA_K,PIPE)
     cute::Tensor tCrB = thread_mma.make_fragment_B(thread_mma.partition_B(sB));        // (MMA,MMA_N,MMA_K,PIPE)
     Staging staging(shared.staging[half], half);
+    Handoff<Config> handoff(shared);
 
     TileQueue<Config> queue(shared);
     Tile tile = queue.receive();
@@ -177,13 +199,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       Tile next;
       const Work work = Product::work(tile, params.extents, block);
       if (work.active(half)) {
-        Epilogue epilogue(params.epilogue, work, half);
         auto accumulators = cute::partition_fragment_C(mma, cute::take<0, 2>(typename Config::Tile{}));  // (MMA,1,1)
-        multiply<Config>(ring, mma, tCrA, tCrB, accumulators, work.k_end - work.k_begin, [&] {
-          if constexpr (fetches_early) next = queue.receive();
-        });
-        // ---- epilogue
-        epilogue.run(staging, accumulators);
+        const auto products = [&] {
+          multiply<Config>(ring, mma, tCrA, tCrB, accumulators, work.k_end - work.k_begin, [&] {
+            if constexpr (fetches_early) next = queue.receive();
+          });
+        };
+        if constexpr (Config::kDetached) {
+          products();
+          handoff.give(half, accumulators);
+        } else {
+          Epilogue epilogue(params.epilogue, work, half);
+          products();
+          // ---- epilogue
+          epilogue.run(staging, accumulators);
+        }
         if constexpr (!fetches_early) next = queue.receive();
       } else {
         for (int k = work.k_begin; k < work.k_end; k += kTileK) {

@@ -78,13 +78,13 @@ __device__ void load_contiguous(const Params& params, typename Config::Shared& s
   __syncwarp();
 }
 
-// Four warps; each thread copies 16 bytes of every 16th row, and thread 0 also brings the weights. A stage is full when
-// the weights' bytes and every thread's copies have landed.
+// One warp or four; eight threads copy the 128 bytes of a row, and thread 0 also brings the weights. A stage is full
+// when the weights' bytes and every thread's copies have landed.
 template <class Config, class Product, class Params>
 class GatheredLoader {
   using Element = typename Config::Element;
   static constexpr int kThreadsPerRow = kTileK * 2 / 16;
-  static constexpr int kRowStep = kWarpgroup / kThreadsPerRow;
+  static constexpr int kRowStep = 32 * Config::kLoadWarps / kThreadsPerRow;
   static constexpr int kRowsPerThread = kTileM / kRowStep;
   static constexpr int kRowsPerHalf = kRowsPerThread / kMathWarpgroups;
 
@@ -145,7 +145,6 @@ class GatheredLoader {
     }
     const int unit = threadIdx.x % kThreadsPerRow;
     const int row = threadIdx.x / kThreadsPerRow;
-    // The swizzle of a 128-byte row depends on row % 8, which is the same for all rows of a thread.
     const uint32_t destination =
         ptx::shared_address(shared_.a) + ring_.stage() * Config::kStageBytesA + row * 128 + (unit ^ row % 8) * 16;
     const uint32_t present = k + unit * 8 < work.k_end ? present_ : 0;
@@ -160,7 +159,9 @@ class GatheredLoader {
   __device__ void copy_half(uint32_t destination, uint32_t present) {
     CUTE_UNROLL
     for (int i = kHalf * kRowsPerHalf; i < (kHalf + 1) * kRowsPerHalf; ++i) {
-      ptx::copy_16(destination + i * kRowStep * 128, rows_[i], present >> i & 1 ? 16 : 0);
+      // The swizzle of a 128-byte row depends on row % 8.
+      const uint32_t flip = i * kRowStep % 8 * 16;
+      ptx::copy_16((destination ^ flip) + i * kRowStep * 128, rows_[i], present >> i & 1 ? 16 : 0);
       rows_[i] += kTileK;
     }
   }

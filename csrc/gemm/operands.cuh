@@ -23,7 +23,6 @@ struct Work {
   int columns;  // end of the output's columns
   int k_begin;  // start and end of the contraction
   int k_end;
-  __device__ int k_blocks() const { return ceil_div(k_end - k_begin, kTileK); }
   // Whether a math warpgroup has anything to compute.
   __device__ bool active(int half) const { return half < halves && column < columns; }
 };

@@ -207,6 +207,26 @@ __device__ inline uint32_t load_word(const void* address) {
   return word;
 }
 
+// 16 bytes from shared memory.
+__device__ inline uint4 load_shared_unit(uint32_t address) {
+  uint4 unit;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(unit.x), "=r"(unit.y), "=r"(unit.z), "=r"(unit.w)
+               : "r"(address)
+               : "memory");
+  return unit;
+}
+
+// 16 bytes that nothing writes while the kernel runs and that are read once. Stays where it is written, so that the
+// load is under way before the instructions that follow.
+__device__ inline uint4 load_streamed(const void* address) {
+  uint4 unit;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(unit.x), "=r"(unit.y), "=r"(unit.z), "=r"(unit.w)
+               : "l"(address));
+  return unit;
+}
+
 // ---- warps and registers -------------------------------------------------------------------------
 
 // Barrier `id` (1..15) among `threads` threads.

@@ -33,7 +33,10 @@ constexpr TileChoice choose_weight_grad_tile(int64_t columns, int64_t contractio
   return columns > 128 && contraction > 128 ? TileChoice::kPair256 : TileChoice::kSingle128;
 }
 
-// Columns of a tile of the activation's backward, whose epilogue needs registers beside the accumulators.
-constexpr int kDactTileN = 128;
+// Columns of a tile of the activation's backward: as many as there are registers for, unless most would be idle.
+constexpr int choose_dact_columns(int64_t columns) { return columns <= 128 ? 128 : 256; }
+
+// Columns of one partial sum of a routing weight's gradient, whatever the tile.
+constexpr int kDactSumColumns = 128;
 
 }  // namespace ling::gemm
