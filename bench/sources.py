@@ -31,7 +31,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "route": ("gate", "route"),
     "permute": ("route", "permute"),
     "gemm": ("gemm",),
-    "moe_train": ("gate", "route", "permute", "gemm", "mlp"),
+    "moe_train": ("gate", "route", "permute", "gemm", "mlp", "other"),
     "moe_infer": ("route", "permute", "gemm", "mlp", "decode"),
 }
 

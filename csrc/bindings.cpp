@@ -334,6 +334,7 @@ STABLE_TORCH_LIBRARY_IMPL(ling_ops, CUDA, m) {
   using namespace ling::binding;
   m.impl("topk_gate", TORCH_BOX(&topk_gate));
   m.impl("topk_gate_backward", TORCH_BOX(&topk_gate_backward));
+  m.impl("gate_losses", TORCH_BOX(&gate_losses));
   m.impl("route", TORCH_BOX(&route));
   m.impl("reroute", TORCH_BOX(&reroute));
   m.impl("dynamic_capacity", TORCH_BOX(&dynamic_capacity));

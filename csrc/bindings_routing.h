@@ -108,6 +108,48 @@ Tensor topk_gate_backward(Tensor grad_weights, Tensor logits, Tensor weights, Te
   return grad_logits;
 }
 
+Tensor gate_losses(Tensor logits, std::optional<Tensor> balance, std::optional<Tensor> sequence_balance,
+                   int64_t sequence_length, std::optional<Tensor> token_mask, bool sigmoid, bool z_loss) {
+  const char* op = "gate_losses";
+  Arg{op, "logits", logits}.cuda().dtype(kFloats).shape({-1, -1}).inner_contiguous();
+  const int64_t tokens = logits.size(0);
+  const int64_t experts = logits.size(1);
+  expect(experts >= 1 && experts <= kMaxGateExperts, op, "E must be in [1, ", kMaxGateExperts, "]; got ", experts);
+  if (balance) {
+    Arg{op, "balance", *balance}.with(logits).dtype({ScalarType::Float}).shape({experts}).contiguous();
+  }
+  if (sequence_balance) {
+    const Tensor& slopes = *sequence_balance;
+    Arg{op, "sequence_balance", slopes}.with(logits).dtype({ScalarType::Float}).shape({-1, experts}).contiguous();
+    expect(sequence_length >= 1 && slopes.size(0) * sequence_length >= tokens, op,
+           "sequence_balance must have a row for each ", sequence_length, " of ", tokens, " tokens; got ",
+           slopes.size(0));
+  }
+  if (token_mask) {
+    Arg{op, "token_mask", *token_mask}.with(logits).dtype({ScalarType::Bool}).shape({tokens}).contiguous();
+  }
+
+  const Tensor partial = empty(logits, {kGateLossBlocks, kGateLosses}, ScalarType::Float);
+  const Tensor sums = empty(logits, {kGateLosses}, ScalarType::Float);
+  const Launch launch(logits);
+  launch_gate_losses({.logits = logits.data_ptr(),
+                      .dtype = kernel_dtype(op, "logits", logits),
+                      .row_stride = logits.stride(0),
+                      .balance = input<float>(balance),
+                      .sequence_balance = input<float>(sequence_balance),
+                      .sequence_length = sequence_length,
+                      .token_mask = input<bool>(token_mask),
+                      .partial = output<float>(partial),
+                      .sums = output<float>(sums),
+                      .tokens = tokens,
+                      .sequences = sequence_balance ? sequence_balance->size(0) : 0,
+                      .experts = static_cast<int>(experts),
+                      .sigmoid = sigmoid,
+                      .squares = z_loss},
+                     launch.stream());
+  return sums;
+}
+
 // ---- route ---------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t num_experts,

@@ -1,9 +1,13 @@
-"""The losses folded into the gate's backward against the same losses added by autograd."""
+"""The gate's losses from its own kernels: values against float64, gradients against autograd."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import float_dtypes, make_logits, seeds
+from tolerances import SCORE_ULPS, assert_bitwise, assert_within, truth
 
 from ling_ops.ops import gate_losses
 from ling_ops.ops.gate_losses import LossCoefficients, topk_gate_with_losses
@@ -71,3 +75,91 @@ def test_sequence_loss_needs_a_length_that_divides(device):
         topk_gate_with_losses(logits, CHOICES, coefficients)
     with pytest.raises(ValueError, match="must divide the number of tokens, got 7 for 24"):
         topk_gate_with_losses(logits, CHOICES, coefficients, sequence_length=7)
+
+
+# --- values: one pass over the logits ------------------------------------------------------------
+SUMS = torch.ops.ling_ops.gate_losses
+
+
+def arguments(logits, seed, *, sequences, masked, sigmoid, z_loss=True):
+    """Operator arguments with random slopes, [E] and [S,E]; masked tokens hold NaN."""
+    gen = torch.Generator().manual_seed(seed)
+    tokens, experts = logits.shape
+    mask = None
+    if masked:
+        mask = (torch.rand(tokens, generator=gen) < 0.6).to(logits.device)
+        logits = torch.where(mask.unsqueeze(1), logits, float("nan"))
+    balance = torch.rand(experts, generator=gen).to(logits.device)
+    by_sequence = torch.rand(sequences, experts, generator=gen).to(logits.device)
+    return logits, balance, by_sequence, max(1, tokens // sequences), mask, sigmoid, z_loss
+
+
+def exact_sums(arguments):
+    """The sums in float64, and what their terms amount to before anything cancels."""
+    logits, balance, by_sequence, length, mask, sigmoid, z_loss = arguments
+    wide = logits.double()
+    exact = truth(SUMS, wide, balance.double(), by_sequence.double(), length, mask, sigmoid, z_loss)
+    real = wide if mask is None else wide[mask]
+    # logsumexp is a largest logit plus a logarithm, which may cancel
+    parts = real.abs().amax(1) + (real - real.amax(1, keepdim=True)).logsumexp(1).abs()
+    return exact, torch.stack([exact[0], exact[1], parts.square().sum()])
+
+
+@given(
+    seed=seeds,
+    shape=st.sampled_from([(1, 8, 1), (3, 1, 3), (48, 37, 4), (65, 256, 5), (130, 384, 2)]),
+    style=st.sampled_from(["normal", "grid", "constant"]),
+    size=st.sampled_from([1.0, 8.0]),
+    dtype=float_dtypes,
+    masked=st.booleans(),
+    sigmoid=st.booleans(),
+)
+def test_loss_sums_against_float64(device, seed, shape, style, size, dtype, masked, sigmoid):
+    tokens, experts, sequences = shape
+    logits = (make_logits(tokens, experts, style, seed) * size).to(dtype).to(device)
+    case = arguments(logits, seed, sequences=sequences, masked=masked, sigmoid=sigmoid)
+    exact, magnitude = exact_sums(case)
+    if not sigmoid:
+        spread = (logits.double().amax(1) - logits.double().amin(1)).max().item()
+    else:
+        spread = logits.double().abs().max().item()
+    # every term is a score times a slope; a sum of E terms, then one over all tokens by parts
+    length = SCORE_ULPS + int(2 * min(spread, 110.0)) + experts + 64
+    assert_within(SUMS(*case), exact, magnitude=magnitude, length=length, name="sums")
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_loss_sums_that_are_not_asked_for_are_zero(device, sigmoid):
+    logits = make_logits(40, 16, "normal", 1).to(device)
+    _, balance, by_sequence, length, *_ = arguments(
+        logits, 1, sequences=4, masked=False, sigmoid=sigmoid
+    )
+    whole = SUMS(logits, balance, by_sequence, length, None, sigmoid, True)
+    for number, alone in enumerate(
+        [
+            (balance, None, length, None, sigmoid, False),
+            (None, by_sequence, length, None, sigmoid, False),
+            (None, None, length, None, sigmoid, True),
+        ]
+    ):
+        got = SUMS(logits, *alone)
+        assert_bitwise(got[number], whole[number])
+        assert got.count_nonzero() == 1 and whole.count_nonzero() == 3
+
+
+def test_loss_sums_show_a_nan(device):
+    """Of a token that counts: it must not vanish in a maximum."""
+    logits = make_logits(40, 16, "normal", 1).to(device)
+    logits[7, 3] = float("nan")
+    for sigmoid in (False, True):
+        case = arguments(logits, 1, sequences=4, masked=False, sigmoid=sigmoid)
+        assert SUMS(*case).isnan().all()
+        mask = torch.arange(40, device=device) != 7
+        assert SUMS(*case[:4], mask, sigmoid, True).isfinite().all()
+
+
+def test_no_tokens_cost_nothing(device):
+    logits = torch.empty(0, 8, device=device)
+    assert (
+        SUMS(logits, torch.ones(8, device=device), None, 1, None, False, True).tolist() == [0] * 3
+    )

@@ -45,6 +45,10 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
             (weights, logits, weights, ids, None, 0, None, None, False, True, 1.0),
             (weights, logits, weights, ids, balance, T // 3, z, mask, True, False, 2.5),
         ],
+        "gate_losses": [
+            (logits, balance[0].contiguous(), None, 0, None, False, True),
+            (logits.to(dtype), balance[0].contiguous(), balance, T // 3, mask, True, False),
+        ],
         "route": [
             (indices, E, None, None, None, False),
             (indices.int(), E, capacity, weights, mask, True),

@@ -5,6 +5,24 @@
 
 namespace ling::gate {
 
+// What experts are chosen by.
+enum class Keys {
+  kLogits,   // softmax without bias and groups: the logits themselves
+  kSoftmax,  // probabilities (+ bias), possibly limited to groups
+  kSigmoid,
+};
+
+inline Keys keys_of(const GateParams& p) {
+  if (p.sigmoid) return Keys::kSigmoid;
+  return p.expert_bias != nullptr || p.num_groups > 1 ? Keys::kSoftmax : Keys::kLogits;
+}
+
+// Zeroes expert_counts by a kernel that the next one may overlap with.
+void zero_counts(const GateParams& p, cudaStream_t stream);
+
+// The gate by one warp per token; false, and nothing launched, for shapes that it does not serve.
+bool launch_few_tokens(const GateParams& p, cudaStream_t stream);
+
 template <int L, int C>
 struct Layout {
   static constexpr int kLanes = L;   // lanes per token, at least K

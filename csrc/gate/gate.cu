@@ -1,5 +1,6 @@
 // Gate forward: one kernel for scores, bias, group limits, selection, weights and the histogram. Where one
-// block does not hold all tokens, a kernel that zeroes the counts runs in front, and the two overlap.
+// block does not hold all tokens, a kernel that zeroes the counts runs in front. Each overlaps with what is in
+// front of it. Few tokens go another way: few_tokens.cu.
 #include "ling/gate.h"
 
 #include <algorithm>
@@ -12,17 +13,11 @@ namespace ling {
 namespace gate {
 namespace {
 
-constexpr int kWarps = 8;       // of a block
-constexpr int kSmallWarps = 4;  // of a block where there are too few tokens to fill the device
+constexpr int kWarps = 8;        // of a block
+constexpr int kSmallWarps = 4;   // of a block where there are too few tokens to fill the device
+constexpr int kLargeWarps = 16;  // of a block where there are many tokens and few registers are needed
 constexpr int kMostChunks = 8;
 constexpr size_t kSharedLimit = 48 * 1024;
-
-// What experts are chosen by.
-enum class Keys {
-  kLogits,   // softmax without bias and groups: the logits themselves
-  kSoftmax,  // probabilities (+ bias), possibly limited to groups
-  kSigmoid,
-};
 
 // Blocks of kWarps that a multiprocessor should hold, and the registers that this leaves a thread.
 template <int L, int C, Keys kKeys>
@@ -67,18 +62,6 @@ __device__ Scratch token_scratch(unsigned char* warp_base, int group_slots, int 
   return scratch;
 }
 
-// Sum of exp(x - largest) over the row in shared memory.
-template <int L, int C>
-__device__ float exp_sum(const float* row, float largest, int lane) {
-  float sum = 0.0f;
-#pragma unroll 2
-  for (int c = 0; c < C; ++c) {
-    const float4 four = reinterpret_cast<const float4*>(row)[c * L + lane];
-    sum += (expf(four.x - largest) + expf(four.y - largest)) + (expf(four.z - largest) + expf(four.w - largest));
-  }
-  return group_sum<L>(sum);
-}
-
 // Turns logits into selection keys: fp32 scores plus bias; experts from E on get -inf.
 template <int L, int C, Keys kKeys>
 __device__ Softmax score_row(float (&x)[4 * C], const GateParams& p, const float* bias, float* row, int lane) {
@@ -109,6 +92,7 @@ __device__ Softmax score_row(float (&x)[4 * C], const GateParams& p, const float
 
 __global__ void zero_counts_kernel(int32_t* counts, const int experts) {
   allow_next();
+  wait_for_previous();
   for (int e = threadIdx.x; e < experts; e += blockDim.x) counts[e] = 0;
 }
 
@@ -132,6 +116,7 @@ __global__ void __maxnreg__((kRegisters<L, C, kKeys>)) gate_kernel(const GatePar
   constexpr float kPad = kSigmoid ? 0.0f : -INFINITY;
 
   // Lanes past the last token repeat it and write nothing.
+  wait_for_previous();
   const auto tokens = static_cast<uint32_t>(p.tokens);
   const uint32_t stride = gridDim.x * warps * kTokens;
   uint32_t base = (blockIdx.x * warps + warp) * kTokens;
@@ -170,14 +155,15 @@ __global__ void __maxnreg__((kRegisters<L, C, kKeys>)) gate_kernel(const GatePar
     if constexpr (kScored) {
       const float logit = active ? load_scalar(p.logits, p.dtype, token * p.row_stride + expert) : 0.0f;
       if (active) weight = kSigmoid ? sigmoid_one(logit) : softmax_one(logit, softmax);
-      if (p.renormalize) weight = weight / (group_sum<L>(weight) + kRenormalizeEpsilon);
+      if (p.renormalize) weight = renormalized(weight, group_sum<L>(weight));
     } else {
       // The chosen scores' sum is at least 1/E, so neither the epsilon nor the softmax denominator shows.
       const float logit = scratch.row[expert];
       const float best = __shfl_sync(kWarp, logit, 0, L);
       const float largest = has_nan ? NAN : best;
       const float numerator = active ? expf(logit - largest) : 0.0f;
-      weight = numerator / (p.renormalize ? group_sum<L>(numerator) : exp_sum<L, C>(scratch.row, largest, lane));
+      const float sum = p.renormalize ? group_sum<L>(numerator) : exp_sum<L, C>(scratch.row, largest, lane);
+      weight = divide(numerator, sum, reciprocal(sum));
     }
     if (valid && active) {
       p.weights[token * p.choices + lane] = weight * p.scale;
@@ -189,7 +175,6 @@ __global__ void __maxnreg__((kRegisters<L, C, kKeys>)) gate_kernel(const GatePar
   }
 
   __syncthreads();
-  if (gridDim.x > 1) wait_for_previous();
   for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
     const int count = histogram[e];
     if (gridDim.x == 1) {
@@ -206,13 +191,13 @@ void launch(const GateParams& p, cudaStream_t stream) {
   const int group_slots = kKeys != Keys::kLogits && p.topk_groups < p.num_groups ? round_up(p.num_groups, 2) : 0;
   const auto bytes = [&](int warps) { return block_bytes<L, C, kKeys>() + warps * warp_bytes<L, C>(group_slots); };
   const int sms = sm_count();
-  // A block that holds all tokens needs no second kernel; scores take too long for one of 16 warps.
-  constexpr int kOneBlockWarps = kKeys == Keys::kLogits ? 16 : kWarps;
+  // The blocks' counts are added up address by address, so that many blocks take turns; few tokens, on the other
+  // hand, are better spread.
   int warps = kWarps;
-  if (p.tokens <= kOneBlockWarps * kTokens) {
-    warps = static_cast<int>(std::max<int64_t>(ceil_div<int64_t>(p.tokens, kTokens), kSmallWarps));
-  } else if (p.tokens < sms * kWarps * kTokens) {
+  if (p.tokens < sms * kSmallWarps * kTokens) {
     warps = kSmallWarps;
+  } else if (kKeys == Keys::kLogits && p.tokens >= sms * kWarps * kTokens) {
+    warps = kLargeWarps;
   }
   const size_t limit = warps > kWarps ? 2 * kSharedLimit : kSharedLimit;
   while (bytes(warps) > limit && warps > 1) warps = ceil_div(warps, 2);
@@ -223,20 +208,23 @@ void launch(const GateParams& p, cudaStream_t stream) {
           "gate: shared memory");
   }
 
-  const int64_t most = static_cast<int64_t>(sms) * kBlocksPerSm<L, C, kKeys> * kWarps / std::min(warps, kWarps);
+  const int64_t most = static_cast<int64_t>(sms) * kBlocksPerSm<L, C, kKeys> * kWarps / warps;
   LaunchShape shape = {};
   shape.blocks = static_cast<unsigned>(std::min(ceil_div<int64_t>(p.tokens, kTokens * warps), most));
   shape.threads = warps * 32;
   shape.shared_bytes = bytes(warps);
-  shape.overlap = shape.blocks > 1;
-  if (shape.blocks > 1) {
-    launch_kernel<zero_counts_kernel>("gate: zero", {1, 256}, stream, p.expert_counts, p.experts);
-  }
+  shape.overlap = true;
+  if (shape.blocks > 1) zero_counts(p, stream);
   launch_kernel<gate_kernel<L, C, kKeys>>("gate", shape, stream, p,
                                           rows_of_four(p.logits, p.dtype, p.row_stride, p.experts));
 }
 
 }  // namespace
+
+void zero_counts(const GateParams& p, cudaStream_t stream) {
+  launch_kernel<zero_counts_kernel>("gate: zero", {1, 256, 0, true}, stream, p.expert_counts, p.experts);
+}
+
 }  // namespace gate
 
 void launch_gate(const GateParams& params, cudaStream_t stream) {
@@ -252,15 +240,14 @@ void launch_gate(const GateParams& params, cudaStream_t stream) {
     check(cudaMemsetAsync(p.expert_counts, 0, p.experts * sizeof(int32_t), stream), "gate: memset");
     return;
   }
+  if (gate::launch_few_tokens(p, stream)) return;
   gate::dispatch_layout(p.experts, p.choices, gate::kMostChunks, [&]<typename Shape>(Shape) {
     constexpr int L = Shape::kLanes;
     constexpr int C = Shape::kChunks;
-    if (p.sigmoid) {
-      gate::launch<L, C, gate::Keys::kSigmoid>(p, stream);
-    } else if (p.expert_bias != nullptr || p.num_groups > 1) {
-      gate::launch<L, C, gate::Keys::kSoftmax>(p, stream);
-    } else {
-      gate::launch<L, C, gate::Keys::kLogits>(p, stream);
+    switch (gate::keys_of(p)) {
+      case gate::Keys::kSigmoid: return gate::launch<L, C, gate::Keys::kSigmoid>(p, stream);
+      case gate::Keys::kSoftmax: return gate::launch<L, C, gate::Keys::kSoftmax>(p, stream);
+      case gate::Keys::kLogits: return gate::launch<L, C, gate::Keys::kLogits>(p, stream);
     }
   });
 }

@@ -98,13 +98,6 @@ struct Vectors {
   bool grad;
 };
 
-template <int L, int N>
-__device__ void mask_pads(float (&x)[N], int experts, int lane) {
-  if (experts == L * N) return;
-#pragma unroll
-  for (int v = 0; v < N; ++v) x[v] = expert_of<L>(lane, v) < experts ? x[v] : 0.0f;
-}
-
 // Adds the balancing loss's gradient to `rest`; nothing for a masked token.
 template <int L, int C>
 __device__ void add_balance(const GateBackwardParams& p, const float (&q)[4 * C], float (&rest)[4 * C], int64_t token,

@@ -119,6 +119,14 @@ __device__ void load_row(float (&x)[4 * C], const void* base, DType dtype, int64
   }
 }
 
+// Zeroes the values from expert E on.
+template <int L, int N>
+__device__ void mask_pads(float (&x)[N], int experts, int lane) {
+  if (experts == L * N) return;
+#pragma unroll
+  for (int v = 0; v < N; ++v) x[v] = expert_of<L>(lane, v) < experts ? x[v] : 0.0f;
+}
+
 // Largest; NaN if either is NaN.
 __device__ inline float max_nan(float a, float b) {
   float result;
@@ -148,7 +156,21 @@ __device__ float max_nan_of(const float* x) {
   return largest;
 }
 
-// Nearly correctly rounded 1 / d for d in [1, 2^126).
+// Sum over a lane's chunks. The order of all sums over a row is by halves, chunks first, then lanes: the same
+// for every number of lanes, so that a token's result does not depend on how many tokens there are.
+template <int C>
+__device__ float chunk_sum(float (&part)[C]) {
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+#pragma unroll
+    for (int c = 0; c < half; ++c) {
+      if (c + half < C) part[c] += part[c + half];
+    }
+  }
+  return part[0];
+}
+
+// Nearly correctly rounded 1 / d for d in [2^-100, 2^126).
 __device__ inline float reciprocal(float d) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
@@ -189,6 +211,12 @@ __device__ void sigmoid_row(float (&x)[4 * C], float* row, int lane) {
 
 constexpr float kRenormalizeEpsilon = 1e-20f;
 
+// A chosen score over the sum of all chosen ones.
+__device__ inline float renormalized(float score, float sum) {
+  const float d = sum + kRenormalizeEpsilon;
+  return divide(score, d, reciprocal(d));
+}
+
 // Softmax over a row: the largest logit (NaN if one is NaN) and the sum of exp(x - largest).
 struct Softmax {
   float largest;
@@ -203,13 +231,30 @@ __device__ inline float softmax_one(float x, const Softmax& softmax) {
 template <int L, int N>
 __device__ Softmax softmax_row(const float (&x)[N], float (&out)[N]) {
   Softmax softmax = {group_max_nan<L>(max_nan_of<N>(x)), 0.0f};
+  float part[N / 4];
 #pragma unroll
-  for (int v = 0; v < N; ++v) softmax.sum += out[v] = expf(x[v] - softmax.largest);
-  softmax.sum = group_sum<L>(softmax.sum);
+  for (int c = 0; c < N / 4; ++c) {
+#pragma unroll
+    for (int v = 4 * c; v < 4 * c + 4; ++v) out[v] = expf(x[v] - softmax.largest);
+    part[c] = (out[4 * c] + out[4 * c + 1]) + (out[4 * c + 2] + out[4 * c + 3]);
+  }
+  softmax.sum = group_sum<L>(chunk_sum<N / 4>(part));
   const float r = reciprocal(softmax.sum);
 #pragma unroll
   for (int v = 0; v < N; ++v) out[v] = divide(out[v], softmax.sum, r);
   return softmax;
+}
+
+// Sum of exp(x - largest) over the row in shared memory.
+template <int L, int C>
+__device__ float exp_sum(const float* row, float largest, int lane) {
+  float part[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const float4 four = reinterpret_cast<const float4*>(row)[c * L + lane];
+    part[c] = (expf(four.x - largest) + expf(four.y - largest)) + (expf(four.z - largest) + expf(four.w - largest));
+  }
+  return group_sum<L>(chunk_sum<C>(part));
 }
 
 // Unsigned integers in the order of floats: NaN is 1, -0.0 equals +0.0; 0 is left for "no candidate".

@@ -2,11 +2,12 @@
 //
 // Fast path. Each lane splits its values in two segments. The L-th largest of the token's 2L segment
 // maxima is a lower bound of the L-th largest value, hence of the K-th (K <= L): only about 1.3 L
-// values reach it. These survivors are compacted and ranked by counting. Rows with NaN, with a bound of
-// -inf, or with more survivors than room (ties) take the slow path: K rounds of an argmax.
+// values reach it. These survivors are compacted and ranked by counting. Where there are more than the list
+// holds, ties at the bound are cut to the K lowest experts. Rows with NaN, or with more survivors even then,
+// take the slow path: K rounds of an argmax.
 #pragma once
 
-#include "row.cuh"
+#include "order.cuh"
 
 namespace ling::gate {
 
@@ -21,13 +22,6 @@ struct Scratch {
 
 template <int L>
 constexpr int kSurvivors = 4 * L;
-
-// Order of selection: larger key first, then the lower expert.
-__device__ inline uint64_t candidate(uint32_t key, int expert) {
-  return static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(~expert);
-}
-
-__device__ inline int expert_of_candidate(uint64_t c) { return static_cast<int>(~static_cast<uint32_t>(c)); }
 
 __device__ inline float min_or_max(float a, float b, bool take_min) { return take_min ? fminf(a, b) : fmaxf(a, b); }
 
@@ -146,12 +140,7 @@ __device__ void mask_groups(const Scratch& scratch, const Groups& groups, int nu
   __syncwarp();
 }
 
-// rank += a > b. Written out so that it takes three instructions, not four.
-__device__ inline void count_greater(int& rank, uint64_t a, uint64_t b) {
-  asm("{\n\t.reg .pred p;\n\tsetp.gt.u64 p, %1, %2;\n\t@p add.s32 %0, %0, 1;\n\t}" : "+r"(rank) : "l"(a), "l"(b));
-}
-
-// mask |= bit if x >= bound. Written out for the same reason.
+// mask |= bit if x >= bound. Written out so that it takes two instructions, not three.
 __device__ inline void mark_survivor(unsigned& mask, float x, float bound, unsigned bit) {
   asm("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p or.b32 %0, %0, %3;\n\t}"
       : "+r"(mask)
@@ -198,6 +187,47 @@ __device__ void select_slow(const Scratch& scratch, bool write, int choices, int
   }
 }
 
+// Where a lane's survivors go in the list, and how many its token has in all.
+struct Place {
+  int first;
+  int total;
+};
+
+template <int L>
+__device__ Place place_of(unsigned survivors, int lane) {
+  const int own = __popc(survivors);
+  int end = own;
+#pragma unroll
+  for (int step = 1; step < L; step *= 2) {
+    const int before = __shfl_up_sync(kWarp, end, step, L);
+    if (lane >= step) end += before;
+  }
+  return {end - own, __shfl_sync(kWarp, end, L - 1, L)};
+}
+
+// Of the survivors, those above the bound and the K lowest experts at it. Rolled: for what is rare.
+template <int L, int C>
+__device__ unsigned cut_ties(unsigned survivors, float bound, const Scratch& scratch, int choices, int experts,
+                             int group_size, int lane) {
+  unsigned ties = 0;
+#pragma unroll 1
+  for (int c = 0; c < C; ++c) {
+    const float4 four = reinterpret_cast<const float4*>(scratch.row)[c * L + lane];
+    unsigned bits = (four.x == bound) | (four.y == bound) << 1 | (four.z == bound) << 2 | (four.w == bound) << 3;
+    survivors &= ~(bits << 4 * c);
+    if (bound == -INFINITY) {
+      // What is no candidate has this key too.
+#pragma unroll 1
+      for (int j = 0; j < 4; ++j) {
+        const int e = expert_of<L>(lane, 4 * c + j);
+        if (e >= experts || (group_size != 0 && !scratch.group_kept[e / group_size])) bits &= ~(1u << j);
+      }
+    }
+    ties |= bits << 4 * c;
+  }
+  return survivors | first_ties<L, C>(ties, choices, lane);
+}
+
 // Fills scratch.chosen with the K best experts. `x` holds what scratch.row holds. Returns whether the
 // token's row has a NaN among its candidates.
 template <int L, int C>
@@ -222,22 +252,20 @@ __device__ bool select(const float (&x)[4 * C], const Scratch& scratch, int choi
   for (int v = 0; v < V; ++v) {
     mark_survivor(mask, x[v], bound, 1u << v);
   }
-  int end = __popc(mask);
-  int place = -end;
-#pragma unroll
-  for (int step = 1; step < L; step *= 2) {
-    const int before = __shfl_up_sync(kWarp, end, step, L);
-    if (lane >= step) end += before;
+  Place place = place_of<L>(mask, lane);
+  const bool crowded = place.total > kSurvivors<L> || bound == -INFINITY;
+  if (__any_sync(kWarp, crowded)) {
+    mask = cut_ties<L, C>(mask, bound, scratch, choices, experts, group_size, lane);
+    place = place_of<L>(mask, lane);
   }
-  place += end;
-  const int total = __shfl_sync(kWarp, end, L - 1, L);
-  const bool slow = has_nan || !(bound > -INFINITY) || total > kSurvivors<L>;
+  const int total = place.total;
+  const bool slow = has_nan || total > kSurvivors<L>;
 
   if (__any_sync(kWarp, slow)) select_slow<L, C>(scratch, slow, choices, experts, group_size, lane);
   if (!slow) {
     while (mask != 0) {
       const int e = expert_of<L>(lane, __ffs(mask) - 1);
-      scratch.survivors[place++] = candidate(ordered_key(scratch.row[e]), e);
+      scratch.survivors[place.first++] = candidate(ordered_key(scratch.row[e]), e);
       mask &= mask - 1;
     }
     if (lane == 0) scratch.survivors[total] = 0;  // read in pairs below

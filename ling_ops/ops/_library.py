@@ -78,6 +78,25 @@ def _gate_backward_fake(grad_weights, logits, *unused):
     return logits.new_empty(logits.shape)
 
 
+def _gate_losses(
+    logits, balance, sequence_balance, sequence_length, token_mask, sigmoid, z_loss
+):  # fmt: skip
+    return gate.gate_losses(
+        logits,
+        balance=balance,
+        sequence_balance=sequence_balance,
+        sequence_length=sequence_length,
+        token_mask=token_mask,
+        score_function=_score_name(sigmoid),
+        z_loss=z_loss,
+    )
+
+
+def _gate_losses_fake(logits, *unused):
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(3, dtype=wide)
+
+
 def _route_cpu(indices, num_experts, capacity, weights, token_mask, by_probability):
     return tuple(
         _route(
@@ -146,6 +165,12 @@ _define(
     "bool renormalize, float scale) -> Tensor",
     _gate_backward,
     _gate_backward_fake,
+)
+_define(
+    "gate_losses(Tensor logits, Tensor? balance, Tensor? sequence_balance, int sequence_length, "
+    "Tensor? token_mask, bool sigmoid, bool z_loss) -> Tensor",
+    _gate_losses,
+    _gate_losses_fake,
 )
 _define(
     "route(Tensor indices, int num_experts, Tensor? capacity, Tensor? weights, "

@@ -77,6 +77,11 @@ def gate_unsupported(logits: Tensor, k: int) -> str | None:
     return None
 
 
+def kernel_bias(expert_bias: Tensor | None) -> Tensor | None:
+    """The expert bias as the operator takes it: contiguous fp32."""
+    return None if expert_bias is None else expert_bias.detach().float().contiguous()
+
+
 def topk_gate(
     logits: Tensor,
     k: int,
@@ -125,8 +130,7 @@ def topk_gate(
         )  # fmt: skip
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    bias = None if expert_bias is None else expert_bias.detach().float().contiguous()
     settings = (score_function == "sigmoid", num_groups, topk_groups, renormalize, float(scale))
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _TopkGate.apply(logits, bias, k, settings)[:2]
-    return torch.ops.ling_ops.topk_gate(logits, bias, k, *settings)[:2]
+        return _TopkGate.apply(logits, kernel_bias(expert_bias), k, settings)[:2]
+    return torch.ops.ling_ops.topk_gate(logits, kernel_bias(expert_bias), k, *settings)[:2]

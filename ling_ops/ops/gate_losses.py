@@ -1,4 +1,5 @@
-"""The gate with its balancing losses: on a GPU one kernel computes all of their gradients."""
+"""The gate with its balancing losses: on a GPU one kernel computes all of their values, and the
+gate's backward kernel all of their gradients."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import gate as reference
+from ..reference.gate import probabilities
 from ..reference.losses import demand
 from . import _checks
 from ._backend import use_kernel
-from .gate import check_gate, gate_unsupported, topk_gate
+from .gate import check_gate, gate_unsupported, kernel_bias, topk_gate
 from .losses import inject_loss, load_balancing_loss, router_z_loss, sequence_balancing_loss
 
 
@@ -22,14 +23,6 @@ class LossCoefficients(NamedTuple):
     balance: float = 0.0  #: `load_balancing_loss`
     sequence_balance: float = 0.0  #: `sequence_balancing_loss`
     z_loss: float = 0.0  #: `router_z_loss`
-
-
-def probabilities(logits: Tensor, score_function: str) -> Tensor:
-    """Scores that sum to 1 over the experts [T,E]: softmax, or sigmoid divided by its sum."""
-    scores = reference.gate_scores(logits, score_function)
-    if score_function == "softmax":
-        return scores
-    return scores / (scores.sum(-1, keepdim=True) + reference.RENORMALIZE_EPSILON)
 
 
 def _sequence_loss(probs, indices, sequence_length, coefficient, token_mask) -> Tensor:
@@ -96,25 +89,79 @@ def _check_sequence_length(sequence_length: int | None, tokens: int) -> None:
         )
 
 
-def _balance_slope(indices, num_experts, coefficients, sequence_length, token_mask):
-    """d loss / d p of the two balancing losses, [S,E] fp32, and the tokens that a row serves."""
-    tokens, choices = indices.shape
-    whole = None
-    if coefficients.balance:
-        real = tokens if token_mask is None else token_mask.sum().clamp(min=1)
-        counts = demand(indices, num_experts, token_mask).float()
-        whole = (counts * (coefficients.balance * num_experts / choices) / real / real)[None]
-    if not coefficients.sequence_balance:
-        return whole, tokens
-    sequences = tokens // sequence_length
-    ids = indices if token_mask is None else torch.where(token_mask.unsqueeze(-1), indices, -1)
-    counts = demand(ids.view(sequences, sequence_length, choices), num_experts).float()
-    real = sequence_length
+def _balance_slope(counts, coefficient, choices, tokens, token_mask) -> Tensor:
+    """d loss / d p of the balancing loss, [E]; `counts` [E] is the demand of real tokens."""
+    real = max(1, tokens)
     if token_mask is not None:
-        real = token_mask.view(sequences, sequence_length).sum(1, keepdim=True).clamp(min=1)
-    factor = coefficients.sequence_balance * num_experts / (choices * sequences)
-    slope = counts * factor / real / real
-    return slope if whole is None else slope + whole, sequence_length
+        real = token_mask.sum().clamp(min=1).to(counts.dtype)
+    return counts * (coefficient * len(counts) / choices / real / real)
+
+
+def _sequence_slope(indices, num_experts, coefficient, length, token_mask, dtype) -> Tensor:
+    """d loss / d p of the sequence-wise loss, [S,E]."""
+    tokens, choices = indices.shape
+    sequences = tokens // length
+    ids, real = indices, length
+    if token_mask is not None:
+        ids = torch.where(token_mask.unsqueeze(-1), indices, -1)
+        real = token_mask.view(sequences, length).sum(1, keepdim=True).clamp(min=1).to(dtype)
+    counts = demand(ids.view(sequences, length, choices), num_experts).to(dtype)
+    return counts * (coefficient * num_experts / (choices * max(1, sequences)) / real / real)
+
+
+class _Slopes(NamedTuple):
+    """d loss / d p of each balancing loss, None where its coefficient is 0, and 2 z / T."""
+
+    balance: Tensor | None  # [E]
+    sequence_balance: Tensor | None  # [S,E]
+    z_loss: Tensor | None  # 0-dim: factor of logsumexp(z) * softmax(z)
+    sequence_length: int  # tokens that a row of sequence_balance serves
+
+
+def _summed(slopes: _Slopes, loss_scale: float) -> Tensor | None:
+    """The slopes of both balancing losses in one, [S,E]."""
+    known = [slope for slope in (slopes.balance, slopes.sequence_balance) if slope is not None]
+    if not known:
+        return None
+    total = known[0] if len(known) == 1 else known[0] + known[1]
+    total = total if loss_scale == 1.0 else total * loss_scale
+    return total.view(-1, total.shape[-1])
+
+
+def _slopes(logits, indices, counts, coefficients, sequence_length, token_mask) -> _Slopes:
+    (tokens, experts), choices = logits.shape, indices.shape[1]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    balance = sequence = z_loss = None
+    if coefficients.balance:
+        if token_mask is not None:
+            counts = demand(indices, experts, token_mask)
+        balance = _balance_slope(
+            counts.to(dtype), coefficients.balance, choices, tokens, token_mask
+        )
+    if coefficients.sequence_balance:
+        _check_sequence_length(sequence_length, tokens)
+        sequence = _sequence_slope(
+            indices, experts, coefficients.sequence_balance, sequence_length, token_mask, dtype
+        )
+    if coefficients.z_loss:
+        z_loss = _z_slope(logits, coefficients.z_loss, token_mask, dtype)
+    return _Slopes(balance, sequence, z_loss, tokens if sequence is None else sequence_length)
+
+
+def _loss_values(logits, slopes: _Slopes, token_mask, sigmoid: bool) -> dict[str, Tensor]:
+    """The losses by name, 0-dim: one pass over the logits."""
+    sums = torch.ops.ling_ops.gate_losses(
+        logits, slopes.balance, slopes.sequence_balance, slopes.sequence_length, token_mask,
+        sigmoid, slopes.z_loss is not None,
+    )  # fmt: skip
+    values = {}
+    if slopes.balance is not None:
+        values["balance"] = sums[0]
+    if slopes.sequence_balance is not None:
+        values["sequence_balance"] = sums[1]
+    if slopes.z_loss is not None:
+        values["z_loss"] = sums[2] * slopes.z_loss / 2
+    return values
 
 
 class _GateWithLosses(torch.autograd.Function):
@@ -169,38 +216,35 @@ def topk_gate_with_losses(
         "topk_groups": topk_groups, "renormalize": renormalize, "scale": scale,
     }  # fmt: skip
     check_gate(logits, k, **gate)
-    measured = {
-        "score_function": score_function,
-        "sequence_length": sequence_length,
-        "token_mask": token_mask,
-    }
     if not use_kernel("topk_gate", logits, gate_unsupported(logits, k)):
         weights, indices = topk_gate(logits, k, **gate)
-        losses = router_losses(logits, indices, coefficients, **measured)
+        losses = router_losses(
+            logits, indices, coefficients, score_function=score_function,
+            sequence_length=sequence_length, token_mask=token_mask,
+        )  # fmt: skip
         if losses:
             weights = inject_loss(weights, sum(losses.values()) * loss_scale)
         return weights, indices, {name: loss.detach() for name, loss in losses.items()}
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    mask = None if token_mask is None else token_mask.contiguous()
+    sigmoid = score_function == "sigmoid"
     with torch.no_grad():
-        weights, indices = topk_gate(logits, k, **gate)
-        losses = router_losses(logits, indices, coefficients, **measured)
-        balance, length = _balance_slope(
-            indices, logits.shape[1], coefficients, sequence_length, token_mask
-        )
-        balance = None if balance is None else (balance * loss_scale).contiguous()
-        z_scale = _z_slope(logits, coefficients.z_loss * loss_scale, token_mask)
-    settings = (length, score_function == "sigmoid", renormalize, float(scale))
-    weights = _GateWithLosses.apply(
-        logits, weights, indices, balance, z_scale, token_mask, settings
-    )
+        weights, indices, counts = torch.ops.ling_ops.topk_gate(
+            logits, kernel_bias(expert_bias), k, sigmoid, num_groups, topk_groups, renormalize,
+            float(scale),
+        )  # fmt: skip
+        slopes = _slopes(logits, indices, counts, coefficients, sequence_length, mask)
+        losses = _loss_values(logits, slopes, mask, sigmoid) if any(coefficients) else {}
+        balance = _summed(slopes, loss_scale)
+        z_scale = None if slopes.z_loss is None else slopes.z_loss * loss_scale
+    settings = (slopes.sequence_length, sigmoid, renormalize, float(scale))
+    weights = _GateWithLosses.apply(logits, weights, indices, balance, z_scale, mask, settings)
     return weights, indices, losses
 
 
-def _z_slope(logits: Tensor, coefficient: float, token_mask: Tensor | None) -> Tensor | None:
-    """2 * coefficient / tokens, 0-dim fp32 on the device."""
-    if not coefficient:
-        return None
+def _z_slope(logits: Tensor, coefficient: float, token_mask: Tensor | None, dtype) -> Tensor:
+    """2 * coefficient / tokens, 0-dim on the device."""
     if token_mask is None:
         value = 2 * coefficient / max(1, logits.shape[0])
-        return torch.full((), value, dtype=torch.float32, device=logits.device)
-    return 2 * coefficient / token_mask.sum().clamp(min=1).float()
+        return torch.full((), value, dtype=dtype, device=logits.device)
+    return 2 * coefficient / token_mask.sum().clamp(min=1).to(dtype)

@@ -38,6 +38,14 @@ def gate_scores(logits: Tensor, score_function: str) -> Tensor:
     return torch.softmax(z, dim=-1) if score_function == "softmax" else torch.sigmoid(z)
 
 
+def probabilities(logits: Tensor, score_function: str) -> Tensor:
+    """Scores that sum to 1 over the experts [T,E]: softmax, or sigmoid divided by its sum."""
+    scores = gate_scores(logits, score_function)
+    if score_function == "softmax":
+        return scores
+    return scores / (scores.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)
+
+
 def _mask_groups(biased: Tensor, key: Tensor, num_groups: int, topk_groups: int) -> Tensor:
     """Keep the best groups; a group's score is the sum of its two largest biased scores."""
     tokens, experts = biased.shape
@@ -154,3 +162,33 @@ def _score_slope(
         total = chosen.sum(-1, keepdim=True) + RENORMALIZE_EPSILON
         slope = (slope - (slope * chosen).sum(-1, keepdim=True) / total) / total
     return torch.zeros_like(scores).scatter_add(-1, ids, slope)
+
+
+def gate_losses(
+    logits: Tensor,
+    *,
+    balance: Tensor | None,
+    sequence_balance: Tensor | None,
+    sequence_length: int,
+    token_mask: Tensor | None,
+    score_function: str,
+    z_loss: bool,
+) -> Tensor:
+    """Three sums over the tokens, [3]: <balance, p>, <sequence_balance, p> and logsumexp(z)^2.
+
+    p are the token's `probabilities`; `balance` [E] and `sequence_balance` [S,E], a row for each
+    `sequence_length` tokens, are d loss / d p. The balancing losses are linear in p (their counts
+    are constants), so these products are their values. A sum that is not asked for is 0, and
+    tokens with `token_mask` False add nothing.
+    """
+    z = upcast(logits.detach())
+    p = probabilities(z, score_function)
+    terms = z.new_zeros(3, len(z))
+    if balance is not None:
+        terms[0] = p @ balance.to(z.dtype)
+    if sequence_balance is not None:
+        rows = sequence_balance.to(z.dtype).repeat_interleave(sequence_length, dim=0)[: len(z)]
+        terms[1] = (rows * p).sum(-1)
+    if z_loss:
+        terms[2] = torch.logsumexp(z, dim=-1).square()
+    return (terms if token_mask is None else torch.where(token_mask, terms, 0.0)).sum(-1)

@@ -31,7 +31,7 @@ struct GateParams {
   float scale;
 };
 
-// One kernel; another that zeroes expert_counts runs beside its start where there are many tokens.
+// One kernel; another that zeroes expert_counts runs in front of it unless one block holds all tokens.
 void launch_gate(const GateParams& params, cudaStream_t stream);
 
 struct GateBackwardParams {
@@ -57,5 +57,27 @@ struct GateBackwardParams {
 };
 
 void launch_gate_backward(const GateBackwardParams& params, cudaStream_t stream);
+
+constexpr int kGateLosses = 3;
+constexpr int kGateLossBlocks = 512;  // at most, on every device: they fix the order of the sums
+
+struct GateLossesParams {
+  const void* logits;             // [T,E], inner stride 1
+  DType dtype;                    // of logits
+  int64_t row_stride;             // of logits, in elements
+  const float* balance;           // [E] slopes of all tokens, or null
+  const float* sequence_balance;  // [S,E] slopes of each sequence, or null
+  int64_t sequence_length;        // tokens a row of sequence_balance serves
+  const bool* token_mask;         // [T], false: the token is left out; or null
+  float* partial;                 // [kGateLossBlocks, 3] scratch
+  float* sums;                    // [3]: <balance, p>, <sequence_balance, p>, logsumexp^2, each over all tokens
+  int64_t tokens;
+  int64_t sequences;  // S
+  int experts;
+  bool sigmoid;  // p: sigmoid scores over their sum, else softmax
+  bool squares;  // false: leave the last sum 0
+};
+
+void launch_gate_losses(const GateLossesParams& params, cudaStream_t stream);
 
 }  // namespace ling

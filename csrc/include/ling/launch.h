@@ -1,8 +1,11 @@
 // Kernel launches that may overlap on sm_90 and later, where the kernel's code was compiled for it.
 //
 // Overlap ("programmatic dependent launch"): a kernel starts before the one in front of it in the stream has
-// ended, and calls wait_for_previous() before it touches what that one writes. The kernel in front must call
-// allow_next(), must itself have been launched without overlap, and nothing but it may lie between.
+// ended; wait_for_previous() returns once that one has ended and its writes can be seen. Two ways to use it:
+//   - every thread calls wait_for_previous() before it touches global memory. Then anything may lie in front, and
+//     only the start of the kernel is hidden; a kernel in front that calls allow_next() hides more of it.
+//   - a kernel touches what older kernels wrote and only then waits for the one in front. That one must call
+//     allow_next(), must itself have been launched without overlap, and nothing but it may lie between.
 #pragma once
 
 #include <cuda_runtime.h>
