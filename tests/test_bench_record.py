@@ -99,7 +99,7 @@ def test_the_hash_follows_the_parts_own_sources(bench: ModuleType, tree: Path) -
     changes = {
         "csrc/gate/gate.cu": {"tests", "gate", "route", "moe_train"},
         "csrc/gemm/kernel.cuh": {"tests", "gemm", "moe_train", "moe_infer"},
-        "ling_ops/nn/moe.py": {"tests"},
+        "ling_ops/nn/moe.py": {"tests", "moe_train"},
         "ling_ops/ops/_library.py": set(bench.PARTS),
         "csrc/bindings.cpp": set(bench.PARTS),
         "ling_ops/cli/train.py": set(),

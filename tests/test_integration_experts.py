@@ -222,6 +222,7 @@ GATES = {
 @pytest.mark.parametrize("name", GATES)
 def test_an_own_gate_is_honoured_and_recognized_where_it_is_ours(name, device):
     function, attributes, expected = GATES[name]
+    attributes = {n: a.to(device) if torch.is_tensor(a) else a for n, a in attributes.items()}
     experts = with_gate(function, **attributes).to(device)
     found = integration._recognize(experts)
     assert (found.name, found.limit) == expected

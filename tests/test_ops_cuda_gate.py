@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from strategies import make_logits
-from test_ops_cuda import capture
+from test_ops_cuda_graphs import capture
 from test_ops_gate_losses import arguments
 from tolerances import assert_bitwise, truth
 
