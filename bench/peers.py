@@ -53,5 +53,7 @@ def transformers_experts(gate_up: torch.Tensor, down: torch.Tensor):
         has_bias=False,
         is_transposed=False,
         is_concatenated=True,
+        has_post_expert_norm=False,
+        _is_expert_parallel=False,
     )
     return lambda x, weights, indices: forward(module, x, indices, weights)
