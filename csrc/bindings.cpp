@@ -29,7 +29,7 @@ void check_grouped(const char* op, const char* label, const Tensor& rows, const 
   Arg(op, label, rows).cuda().dtype({ScalarType::BFloat16, ScalarType::Half}).shape({-1, -1}).inner_contiguous();
   Arg(op, label, rows).aligned(16);
   expect(rows.stride(0) % 8 == 0 || rows.size(0) <= 1, op, label, " must have a row stride that is a multiple of 8");
-  expect(rows.size(1) % 8 == 0, op, label, " must have a multiple of 8 columns; got ", shape_string(rows));
+  expect(rows.size(1) % 8 == 0, op, label, " must have a multiple of 8 columns; got ", Shape{rows});
   Arg(op, "offsets", offsets).with(rows).dtype({ScalarType::Int}).shape({-1}).contiguous();
   expect(offsets.size(0) >= 1, op, "offsets must have one element per expert and one more");
 }
@@ -46,7 +46,7 @@ Tensor grouped_gemm(Tensor a, Tensor b, Tensor offsets) {
   Arg(op, "b", b).with(a).dtype({a.scalar_type()}).shape({experts, -1, a.size(1)}).aligned(16);
   const int64_t columns = b.size(1);
   const int64_t contraction = a.size(1);
-  expect(columns % 8 == 0, op, "b must have a multiple of 8 columns; got ", shape_string(b));
+  expect(columns % 8 == 0, op, "b must have a multiple of 8 columns; got ", Shape{b});
   const bool transposed = !b.is_contiguous();
   expect(!transposed ||
              (b.stride(1) == 1 && b.stride(2) == columns && (experts <= 1 || b.stride(0) == columns * contraction)),
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor> moe_up(Tensor x, Tensor weight, Tensor row_token, Ten
   const int64_t experts = offsets.size(0) - 1;
   Arg(op, "weight", weight).with(x).dtype({x.scalar_type()}).shape({experts, -1, x.size(1)}).contiguous().aligned(16);
   const int64_t columns = weight.size(1) / parts;
-  expect(columns * parts == weight.size(1) && columns % 8 == 0, op, "weight has a wrong shape ", shape_string(weight));
+  expect(columns * parts == weight.size(1) && columns % 8 == 0, op, "weight has a wrong shape ", Shape{weight});
   const int64_t rows = row_token.size(0);
   Tensor h = write_h ? empty(x, {rows, parts * columns}, x.scalar_type()) : empty(x, {0}, x.scalar_type());
   Tensor a = empty(x, {rows, columns}, x.scalar_type());
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_dact(Tensor dout, Tensor weight, Tensor h
   Arg(op, "weight", weight).with(dout).dtype({dout.scalar_type()}).shape({experts, dout.size(1), -1}).contiguous();
   Arg(op, "weight", weight).aligned(16);
   const int64_t columns = weight.size(2);
-  expect(columns % 8 == 0, op, "weight must have a multiple of 8 columns; got ", shape_string(weight));
+  expect(columns % 8 == 0, op, "weight must have a multiple of 8 columns; got ", Shape{weight});
   Arg(op, "h", h).with(dout).dtype({dout.scalar_type()}).shape({rows, parts * columns}).contiguous().aligned(16);
   Arg(op, "weights", weights).with(dout).dtype({ScalarType::Float}).contiguous();
   Arg(op, "row_pair", row_pair).with(dout).dtype({ScalarType::Int}).shape({rows}).contiguous();
@@ -266,7 +266,7 @@ Tensor moe_decode(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tenso
   const int64_t experts = down_proj.size(0);
   const int64_t inner = down_proj.size(2);
   Arg(op, "proj", proj).with(x).dtype({x.scalar_type()}).shape({experts, parts * inner, hidden}).contiguous();
-  expect(hidden % 8 == 0 && inner % 8 == 0, op, "down_proj must have multiples of 8; got ", shape_string(down_proj));
+  expect(hidden % 8 == 0 && inner % 8 == 0, op, "down_proj must have multiples of 8; got ", Shape{down_proj});
   Arg(op, "indices", indices).with(x).dtype({ScalarType::Int, ScalarType::Long}).shape({tokens, -1}).contiguous();
   const int64_t choices = indices.size(1);
   Arg(op, "weights", weights).with(x).dtype({ScalarType::Float}).shape({tokens, choices}).contiguous();

@@ -77,7 +77,7 @@ Tensor topk_gate_backward(Tensor grad_weights, Tensor logits, Tensor weights, Te
   }
   if (z_scale) {
     Arg{op, "z_scale", *z_scale}.with(logits).dtype({ScalarType::Float});
-    expect(z_scale->numel() == 1, op, "z_scale must have one element; got shape ", shape_string(*z_scale));
+    expect(z_scale->numel() == 1, op, "z_scale must have one element; got shape ", Shape{*z_scale});
   }
   if (token_mask) {
     Arg{op, "token_mask", *token_mask}.with(logits).dtype({ScalarType::Bool}).shape({tokens}).contiguous();
@@ -163,11 +163,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t
   expect(num_experts >= 1 && num_experts <= kMaxRouteExperts, op, "num_experts must be in [1, ", kMaxRouteExperts,
          "]; got ", num_experts);
   expect(k >= 1 && pairs <= kMaxRoutePairs, op, "indices must hold 1 or more choices and at most 2^31 - 1 pairs; got ",
-         shape_string(indices));
+         Shape{indices});
   if (capacity) {
     Arg{op, "capacity", *capacity}.with(indices).dtype({ScalarType::Int}).shape({-1}).contiguous();
     expect(capacity->size(0) == 1 || capacity->size(0) == num_experts, op, "capacity must have shape [1] or [",
-           num_experts, "]; got ", shape_string(*capacity));
+           num_experts, "]; got ", Shape{*capacity});
   }
   // Without a capacity nothing is dropped, whatever the priority.
   by_probability = by_probability && capacity.has_value();
@@ -219,9 +219,9 @@ std::tuple<Tensor, Tensor, Tensor> reroute(Tensor scores, Tensor weights, Tensor
   Arg{op, "capacity", capacity}.with(scores).dtype({ScalarType::Int}).shape({-1}).contiguous();
   expect(experts >= 1 && experts <= kMaxRouteExperts, op, "E must be in [1, ", kMaxRouteExperts, "]; got ", experts);
   expect(k >= 1 && k <= kMaxRerouteChoices && tokens * k <= kMaxRoutePairs, op, "indices must hold 1 to ",
-         kMaxRerouteChoices, " choices and at most 2^31 - 1 pairs; got ", shape_string(indices));
+         kMaxRerouteChoices, " choices and at most 2^31 - 1 pairs; got ", Shape{indices});
   expect(capacity.size(0) == 1 || capacity.size(0) == experts, op, "capacity must have shape [1] or [", experts,
-         "]; got ", shape_string(capacity));
+         "]; got ", Shape{capacity});
 
   const Tensor new_weights = empty(scores, {tokens, k}, ScalarType::Float);
   const Tensor new_indices = empty(scores, {tokens, k}, indices.scalar_type());
@@ -267,7 +267,7 @@ Tensor running_capacity(Tensor window, Tensor steps, double mean, double quantil
   Arg{op, "window", window}.cuda().dtype({ScalarType::Float}).shape({-1}).contiguous();
   Arg{op, "steps", steps}.with(window).dtype({ScalarType::Long}).shape({});
   expect(window.size(0) >= 1 && window.size(0) <= kMaxCapacityWindow, op, "window must have 1 to ", kMaxCapacityWindow,
-         " slots; got ", shape_string(window));
+         " slots; got ", Shape{window});
   const Tensor capacity = empty(window, {1}, ScalarType::Int);
   launch_running_capacity({.window = input<float>(window),
                            .steps = input<int64_t>(steps),

@@ -11,7 +11,6 @@
 
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -23,15 +22,32 @@ namespace ling::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws a RuntimeError in Python; `parts` are streamed into the message.
-template <typename... Parts>
-[[noreturn]] void fail(const char* op, const Parts&... parts) {
-  std::ostringstream message;
-  message << "ling_ops::" << op << ": ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+// Stands for the shape of a tensor in a message: "[2, 3]".
+struct Shape {
+  const Tensor& tensor;
+};
+
+inline void append(std::string& message, const char* part) { message += part; }
+inline void append(std::string& message, const std::string& part) { message += part; }
+inline void append(std::string& message, int64_t part) { message += std::to_string(part); }
+inline void append(std::string& message, const Shape& part) {
+  message += '[';
+  for (int64_t dim = 0; dim < part.tensor.dim(); ++dim) {
+    message += dim ? ", " : "";
+    message += std::to_string(part.tensor.size(dim));
+  }
+  message += ']';
 }
 
+// Throws a RuntimeError in Python; `parts` make up the message.
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::string message = std::string("ling_ops::") + op + ": ";
+  (append(message, parts), ...);
+  throw std::runtime_error(message);
+}
+
+// The message is put together only where the condition fails.
 template <typename... Parts>
 void expect(bool condition, const char* op, const Parts&... parts) {
   if (!condition) fail(op, parts...);
@@ -48,14 +64,6 @@ inline const char* name(ScalarType dtype) {
     case ScalarType::Bool: return "bool";
     default: return "another dtype";
   }
-}
-
-inline std::string shape_string(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "") << tensor.size(dim);
-  text << ']';
-  return text.str();
 }
 
 // A named argument under check. Every method throws, naming the operator, the argument and what was found:
@@ -82,9 +90,9 @@ class Arg {
     for (ScalarType type : allowed) {
       if (tensor_.scalar_type() == type) return *this;
     }
-    std::ostringstream wanted;
-    for (ScalarType type : allowed) wanted << (wanted.tellp() > 0 ? ", " : "") << name(type);
-    fail(op_, label_, " must be ", wanted.str(), "; got ", name(tensor_.scalar_type()));
+    std::string wanted;
+    for (ScalarType type : allowed) wanted += (wanted.empty() ? "" : ", ") + std::string(name(type));
+    fail(op_, label_, " must be ", wanted, "; got ", name(tensor_.scalar_type()));
   }
 
   // Exact rank and sizes; -1 leaves a size open.
@@ -96,12 +104,9 @@ class Arg {
       ++dim;
     }
     if (matches) return *this;
-    std::ostringstream wanted;
-    for (int64_t size : sizes) {
-      wanted << (wanted.tellp() > 0 ? ", " : "");
-      size < 0 ? wanted << '*' : wanted << size;
-    }
-    fail(op_, label_, " must have shape [", wanted.str(), "]; got ", shape_string(tensor_));
+    std::string wanted;
+    for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + (size < 0 ? "*" : std::to_string(size));
+    fail(op_, label_, " must have shape [", wanted, "]; got ", Shape{tensor_});
   }
 
   const Arg& contiguous() const {

@@ -160,6 +160,14 @@ def test_binary_uses_only_the_stable_abi(binary: Path) -> None:
     assert not re.search(r"\bU cuda\w", symbols), "the CUDA runtime must be linked statically"
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
+def test_binary_shows_nothing_but_its_entry_point(binary: Path) -> None:
+    """A C++ runtime that the compiler linked in must not mix with the one torch has loaded."""
+    command = ["nm", "--dynamic", "--defined-only", "--format=just-symbols", str(binary)]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert symbols.split() == ["PyInit__C"]
+
+
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
 def test_binary_is_not_tied_to_the_build_machine(binary: Path) -> None:
     command = ["readelf", "--dynamic", str(binary)]

@@ -126,7 +126,7 @@ void dispatch(DType dtype, int64_t hidden, bool all_aligned, const char* name, L
     case DType::kFloat32: return wide ? launch(Type<float, 4>()) : launch(Type<float, 1>());
     case DType::kBFloat16: return wide ? launch(Type<__nv_bfloat16, 8>()) : launch(Type<__nv_bfloat16, 1>());
     case DType::kFloat16: return wide ? launch(Type<__half, 8>()) : launch(Type<__half, 1>());
-    default: require(false, std::string(name) + ": dtype must be float32, bfloat16 or float16");
+    default: require(false, name, ": dtype must be float32, bfloat16 or float16");
   }
 }
 

@@ -11,7 +11,7 @@ void sum_dact_partials(const MoeDactParams& params, cudaStream_t stream);
 namespace {
 
 void require_aligned(const void* pointer, const char* what) {
-  require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, std::string(what) + " is not 16-byte aligned");
+  require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, what, " is not 16-byte aligned");
 }
 
 void require_sizes(int64_t columns, int64_t contraction, DType dtype) {

@@ -35,7 +35,7 @@ void launch_kernel(const KernelParams<Epilogue<Config, Product<Config>>>& params
 }
 
 inline int checked_int(int64_t value, const char* what) {
-  require(value >= 0 && value < (int64_t{1} << 31) - 512, std::string(what) + " is out of range for the GEMM kernels");
+  require(value >= 0 && value < (int64_t{1} << 31) - 512, what, " is out of range for the GEMM kernels");
   return static_cast<int>(value);
 }
 

@@ -57,8 +57,11 @@ CUtensorMap make_map(DType dtype, const void* base, const std::array<int64_t, kR
   const CUresult status = encode_tiled()(&map, type, kRank, const_cast<void*>(base), dims, pitches, extents, steps,
                                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  require(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a tensor of rank " + std::to_string(kRank) +
-                                      " (CUresult " + std::to_string(static_cast<int>(status)) + ")");
+  if (status != CUDA_SUCCESS) {
+    throw Error("cuTensorMapEncodeTiled refused a tensor of rank " + std::to_string(kRank) + " (CUresult " +
+                    std::to_string(static_cast<int>(status)) + ")",
+                __FILE__, __LINE__);
+  }
   return map;
 }
 

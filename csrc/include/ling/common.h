@@ -11,7 +11,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -28,9 +27,8 @@ class Error : public std::runtime_error {
 inline void check(cudaError_t status, const char* what = "CUDA call", const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
   if (status == cudaSuccess) return;
-  std::ostringstream message;
-  message << what << " failed: " << cudaGetErrorName(status) << ": " << cudaGetErrorString(status);
-  throw Error(message.str(), file, line);
+  throw Error(std::string(what) + " failed: " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status), file,
+              line);
 }
 
 // Call right after a kernel launch; `kernel` names it in the message.
@@ -38,10 +36,10 @@ inline void check_launch(const char* kernel, const char* file = __builtin_FILE()
   check(cudaGetLastError(), kernel, file, line);
 }
 
-// Throws `message` unless `condition` holds: for limits that a launch function owns.
-inline void require(bool condition, const std::string& message, const char* file = __builtin_FILE(),
+// Throws unless `condition` holds: for limits that a launch function owns.
+inline void require(bool condition, const char* subject, const char* problem = "", const char* file = __builtin_FILE(),
                     int line = __builtin_LINE()) {
-  if (!condition) throw Error(message, file, line);
+  if (!condition) throw Error(std::string(subject) + problem, file, line);
 }
 
 // Element type of a buffer whose type is chosen at run time.
