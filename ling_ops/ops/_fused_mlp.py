@@ -41,6 +41,16 @@ def _weight_grad(dy: Tensor, x: Tensor, routing, gather_x: bool, buffer: Tensor 
     return None
 
 
+def _free_saved(ctx) -> None:
+    """Lets saved tensors go before the node ends, unless the graph is kept for another pass.
+
+    h is the largest of them, and dW_down with a copy in row order would be the step's peak.
+    A compiled graph frees what it no longer needs by itself.
+    """
+    if not torch.compiler.is_compiling() and hasattr(ctx, "maybe_clear_saved_tensors"):
+        ctx.maybe_clear_saved_tensors()
+
+
 class _Up(torch.autograd.Function):
     """h and a = act(h) of the rows; a carries no gradient of its own."""
 
@@ -87,6 +97,8 @@ class _Down(torch.autograd.Function):
             grad_out, down_proj, h, weights, routing.row_token, routing.row_pair,
             routing.expert_offsets, *ctx.settings,
         )  # fmt: skip
+        del h
+        _free_saved(ctx)
         grad_down = None
         if ctx.needs_input_grad[2]:
             grad_down = _weight_grad(grad_out, wa, routing, False, ctx.buffer)

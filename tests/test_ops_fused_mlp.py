@@ -1,0 +1,55 @@
+"""The fused autograd nodes, here on the operators' CPU implementations."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+import ling_ops
+from ling_ops.ops import _fused_mlp
+
+
+class _Packed:
+    """A saved tensor in a wrapper that can be watched."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_h_is_let_go_before_the_weight_gradient_unless_the_graph_is_kept(monkeypatch, kept):
+    tokens, hidden, inner, experts, k = 12, 16, 24, 4, 2
+    shapes = ((tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner))
+    x, proj, down = (torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+    weights, indices = ling_ops.topk_gate(torch.randn(tokens, experts), k)
+    routing = ling_ops.route(indices, experts)
+    saved = []
+
+    def pack(tensor):
+        packed = _Packed(tensor)
+        if tensor.shape == (tokens * k, 2 * inner):
+            saved.append(weakref.ref(packed))
+        return packed
+
+    alive = []
+    weight_grad = _fused_mlp._weight_grad
+
+    def watched(*args):
+        alive.append(saved[0]() is not None)
+        return weight_grad(*args)
+
+    monkeypatch.setattr(_fused_mlp, "_weight_grad", watched)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor):
+        out = _fused_mlp.fused_moe_mlp(
+            x, proj, down, weights, routing,
+            activation="swiglu", swiglu_limit=None, main_grads=None,
+        )  # fmt: skip
+    grads = torch.autograd.grad(out.float().sum(), (x, proj, down), retain_graph=kept)
+    assert len(saved) == 1
+    assert alive[0] is kept
+    assert all(grad.abs().sum() > 0 for grad in grads)
+    if kept:
+        again = torch.autograd.grad(out.float().sum(), (x, proj, down))
+        assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
