@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from harness import Case, floor, has_kernel, main, normal, uniform
 from shapes import TRAINING, Layer
+from verdicts import gemm_summary
 
 import ling_ops
 
@@ -51,24 +52,28 @@ def product_cases(layer: Layer) -> Iterator[Case]:
 
 
 def layout_cases(layer: Layer) -> Iterator[Case]:
-    """grouped_mm as its callers use it: forward, input gradient, weight gradient."""
+    """grouped_mm as its callers use it: forward, input gradient, weight gradient, and both with
+    the groups along other axes; "cublas" is one dense product of the same FLOP count."""
     _, h, i, e, _ = layer
     m, n = layer.T * layer.K, 2 * i
     offs = even_offsets(e, m, 8)[1:].contiguous()
     rows, weight, grad = normal(m, h), normal(e, n, h, scale=h**-0.5), normal(m, n)
     per_group = m // e
-    operands = {
-        "2d_3d": (rows, weight.transpose(1, 2), offs),
-        "2d_3d_dx": (grad, weight, offs),
-        "2d_2d": (grad.t(), rows, offs),
-        "3d_2d": (weight, rows.t(), offs),
-        "3d_3d": (rows[: per_group * e].view(e, per_group, h), weight.transpose(1, 2), None),
+    batch = rows[: per_group * e].view(e, per_group, h)
+    one = weight[0]
+    layouts = {
+        "2d_3d": (rows, weight.transpose(1, 2), offs, (rows, one.t())),
+        "2d_3d_dx": (grad, weight, offs, (grad, one)),
+        "2d_2d": (grad.t(), rows, offs, (grad.t(), rows)),
+        "3d_2d": (weight, rows.t(), offs, (one, rows.t())),
+        "3d_3d": (batch, weight.transpose(1, 2), None, (batch.flatten(0, 1), one.t())),
     }
     cost = floor((2 * m * n * h, 2 * (m * h + e * n * h + m * n)))
-    for what, (a, b, ends) in operands.items():
+    for what, (a, b, ends, dense) in layouts.items():
         providers = {
             "ling_ops": lambda _, a=a, b=b, o=ends: ling_ops.grouped_mm(a, b, offs=o),
             "torch": lambda _, a=a, b=b, o=ends: F.grouped_mm(a, b, offs=o),
+            "cublas": lambda _, d=dense: torch.mm(*d),
         }
         if what == "2d_2d" and not has_kernel("grouped_gemm_dw"):
             del providers["ling_ops"]
@@ -79,9 +84,9 @@ def cases() -> Iterator[Case]:
     for layer in TRAINING:
         yield from product_cases(layer)
         torch.cuda.empty_cache()
-    for layer in (TRAINING[0], TRAINING[7]):
         yield from layout_cases(layer)
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    main(__doc__, cases, 0.25, ("gemm", "grouped_mm"))
+    main(__doc__, cases, 0.2, ("gemm", "grouped_mm"), gemm_summary)

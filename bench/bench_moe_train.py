@@ -3,8 +3,10 @@
 Gradients of x, the expert weights and the router weight; no shared expert, no losses.  Every
 provider computes the router product as one bf16 product; floors leave the router out.
 
-One more pair of rows, ``module_fwd_bwd``: ``nn.MoE`` with a shared expert, balancing losses and
-``stats()``, beside the same work from plain ops without losses and statistics ("ling_ops bare").
+Two more kinds of rows.  ``skew_fwd_bwd``: the experts alone with ids given, their popularity
+Zipf(1.0), beside uniform ids ("ling_ops uniform").  ``module_fwd_bwd``: ``nn.MoE`` with a shared
+expert, balancing losses and ``stats()``, beside the same work from plain ops without losses and
+statistics ("ling_ops bare").
 """
 
 from __future__ import annotations
@@ -13,9 +15,20 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from harness import BYTE_RATE, DEVICE, FLOP_RATE, Case, main, normal
+from harness import (
+    BYTE_RATE,
+    DEVICE,
+    FLOP_RATE,
+    Case,
+    main,
+    normal,
+    uniform,
+    uniform_ids,
+    zipf_ids,
+)
 from peers import torch_experts, transformers_experts
 from shapes import TRAINING, Layer, forward_floor, training_floor
+from verdicts import training_summary
 
 import ling_ops
 from ling_ops.nn import MoE
@@ -80,6 +93,34 @@ def layer_cases(layer: Layer) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def skew_case(layer: Layer) -> Case:
+    """The experts given weights and ids; as many rows whichever ids."""
+    t, h, i, e, k = layer
+    tensors = [
+        normal(t, h),
+        normal(e, 2 * i, h, scale=h**-0.5),
+        normal(e, h, i, scale=i**-0.5),
+        uniform(t, k),
+    ]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    upstream = normal(t, h)
+    ids = {"ling_ops": zipf_ids(t, k, e), "ling_ops uniform": uniform_ids(t, k, e)}
+
+    def drop_gradients() -> None:
+        for tensor in tensors:
+            tensor.grad = None
+
+    providers = {
+        name: lambda _, ids=found: ling_ops.moe_mlp(*tensors, ids).backward(upstream)
+        for name, found in ids.items()
+    }
+    return Case(
+        "moe_train", "skew_fwd_bwd", layer._asdict(), "bfloat16", training_floor(layer), providers,
+        reset=drop_gradients,
+    )  # fmt: skip
+
+
 def module_case(layer: Layer) -> Case:
     t, h, i, e, k = layer
     options = {"num_shared_experts": 1, "balance_coefficient": 1e-2, "z_loss_coefficient": 1e-3}
@@ -112,8 +153,10 @@ def cases() -> Iterator[Case]:
     for layer in TRAINING:
         yield from layer_cases(layer)
         torch.cuda.empty_cache()
+        yield skew_case(layer)
+        torch.cuda.empty_cache()
     yield module_case(TRAINING[0])
 
 
 if __name__ == "__main__":
-    main(__doc__, cases, 0.9, ("moe_train",))
+    main(__doc__, cases, 0.8, ("moe_train",), training_summary)

@@ -106,6 +106,20 @@ def uniform_ids(tokens: int, k: int, experts: int) -> torch.Tensor:
     return torch.cat(picks).int()
 
 
+def zipf_ids(tokens: int, k: int, experts: int, exponent: float = 1.0) -> torch.Tensor:
+    """k distinct experts per token, [T,K] int32, drawn with weights 1 / rank^exponent.
+
+    Which expert has which rank is random; a token's draws are without replacement.
+    """
+    rank = 1 + torch.randperm(experts, device=DEVICE)
+    odds = -exponent * rank.float().log()
+    picks = []
+    for block in torch.arange(tokens).split(32768):
+        noise = torch.rand(len(block), experts, device=DEVICE).clamp(1e-20, 1 - 1e-7)
+        picks.append((odds - (-noise.log()).log()).topk(k).indices)
+    return torch.cat(picks).int()
+
+
 def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, device=DEVICE, dtype=dtype).normal_(std=scale)
 
@@ -250,9 +264,14 @@ def run(cases: Iterator[Case], seconds: float) -> list[Row]:
 
 
 def main(
-    description: str, cases: Callable[[], Iterator[Case]], seconds: float, benches: tuple[str, ...]
+    description: str,
+    cases: Callable[[], Iterator[Case]],
+    seconds: float,
+    benches: tuple[str, ...],
+    summary: Callable[[list[Row]], str] | None = None,
 ) -> None:
-    """Command line of a bench file.  ``benches`` are the names of rows that it writes."""
+    """Command line of a bench file.  ``benches`` are the names of rows that it writes, ``summary``
+    is printed below the table."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--seconds", type=float, default=seconds, help="time per shape")
@@ -265,5 +284,7 @@ def main(
     picked = (c for c in cases() if c.bench in options.only)
     rows = run(picked, options.seconds)
     print(table(rows))
+    if summary is not None:
+        print(summary(rows))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows]))

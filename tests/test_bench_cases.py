@@ -139,3 +139,38 @@ def test_table_and_row(small: dict[str, ModuleType]) -> None:
     assert rows[0].H is None and rows[0].T == 64 and rows[0].graph
     text = harness.table(rows)
     assert "gate softmax_fwd 64,256,8" in text and "( 4.00x)" in text and "torch" in text
+
+
+def test_zipf_ids_are_distinct_and_skewed(small: dict[str, ModuleType]) -> None:
+    torch.manual_seed(3)
+    ids = small["harness"].zipf_ids(4000, 4, 32)
+    assert ids.dtype == torch.int32 and int(ids.min()) >= 0 and int(ids.max()) < 32
+    assert all(len(row.unique()) == 4 for row in ids[:200])
+    share = ids.flatten().bincount(minlength=32).sort(descending=True).values / 4000
+    # drawn without replacement: rank 1 with odds 1/H(32) = 0.25 in each of four draws, then less
+    assert 0.6 < share[0] < 0.9 and 0.35 < share[1] < 0.65 and share[-1] < 0.1
+
+
+def test_verdicts(small: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, verdicts = small["harness"], importlib.import_module("verdicts")
+
+    def row(bench: str, provider: str, ms: float, tokens: int) -> Any:
+        sizes = {"T": tokens, "H": 8, "I": 8, "E": 2, "K": 1}
+        return harness.Row(
+            bench, provider, "fwd", False, **sizes, dtype="bfloat16", ms=ms, ms_min=ms, ms_max=ms,
+            floor_ms=1.0, peak_gib=0.0,
+        )  # fmt: skip
+
+    rows = [row("grouped_mm", "ling_ops", 1.0, t) for t in (1, 2)]
+    rows += [row("grouped_mm", "torch", ms, t) for t, ms in ((1, 1.1), (2, 1.6))]
+    text = verdicts.gemm_summary(rows)
+    assert "geometric mean 1.327 of 2, least 1.100 (grouped_mm fwd 1,8,8,2,1)" in text
+    assert text.count(": met") == 2
+    rows[-1] = row("grouped_mm", "torch", 0.9, 2)
+    text = verdicts.gemm_summary(rows)
+    assert "no slower anywhere: NOT met grouped_mm fwd 2,8,8,2,1 0.900" in text
+    assert "in the mean: NOT met" in text
+    rows = [row("moe_train", "ling_ops", 1.05, 1)]
+    rows += [row("moe_train", f"ling_ops {kind}", 1.0, 1) for kind in ("uniform", "bare")]
+    lines = verdicts.training_summary(rows).splitlines()
+    assert lines[0].endswith("at most 1.1: met") and lines[1].endswith("at most 1.03: NOT met")

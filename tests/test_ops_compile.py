@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -180,3 +181,34 @@ def test_export(device: torch.device) -> None:
         program = torch.export.export(Layer(), (case.x, logits))
         got = program.module()(case.x, logits)
         torch.testing.assert_close(got, Layer()(case.x, logits))
+
+
+@pytest.mark.parametrize("shift", [0, 1], ids=["on a boundary", "off it"])
+def test_main_grads_of_the_fused_path(
+    device: torch.device, shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Added to once per step wherever the buffers begin, as without the compiler."""
+    if device.type == "cpu":  # the fused path on the operators' CPU implementations
+        module = importlib.import_module("ling_ops.ops.moe_mlp")
+        monkeypatch.setattr(module, "use_kernel", lambda op, *_: op == "moe_mlp")
+        monkeypatch.setattr(module, "runs_decode", lambda *_: False)
+    case = make_mlp(16, 16, 8, E, K, dtype=torch.bfloat16).to(device)
+    ids = make_indices(16, K, E, "skewed", 0).int().to(device)
+    weights = torch.rand(16, K, device=device)
+    inputs = [t.detach().requires_grad_() for t in (case.x, case.gate_up, case.down)]
+
+    def step(x, up, down, first, second):
+        return lo.moe_mlp(x, up, down, weights, ids, main_grads=(first, second))
+
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        buffers = []
+        for weight in inputs[1:]:
+            flat = torch.ones(weight.numel() + shift, device=device)
+            buffers.append(flat[shift:].view(weight.shape))
+        function(*inputs, *buffers).float().sum().backward()
+        found.append(buffers)
+    for eager, compiled in zip(*found, strict=True):
+        assert not torch.equal(eager, torch.ones_like(eager))
+        assert torch.equal(eager, compiled)
+    assert inputs[1].grad is None and inputs[2].grad is None

@@ -84,6 +84,11 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
             (main_grad, dy, x, routing.row_token, routing.expert_offsets, True),
             (main_grad.mT.contiguous(), x, dy, routing.row_token, routing.expert_offsets, False),
         ],
+        "main_grad_add_": [
+            (main_grad, dy, x, routing.row_token, routing.expert_offsets, True),
+            (main_grad.mT.contiguous(), x, dy, routing.row_token, routing.expert_offsets, False),
+            (main_grad.double(), dy, x, routing.row_token, routing.expert_offsets, True),
+        ],
         "moe_up": [
             (x, b, routing.row_token, routing.expert_offsets, 0, math.inf, True),
             (x, b, routing.row_token, routing.expert_offsets, 6, math.inf, False),

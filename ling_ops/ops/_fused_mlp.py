@@ -32,12 +32,7 @@ def _weight_grad(dy: Tensor, x: Tensor, routing, gather_x: bool, buffer: Tensor 
         table = _OPS.permute(x if gather_x else dy, row_token, offsets, routing.token_row)
         dy, x = (dy, table) if gather_x else (table, x)
         return _OPS.grouped_gemm_dw(dy, x, offsets)
-    # the copy engine adds to fp32 on 16-byte boundaries; other buffers take a pass of their own
-    on_boundary = buffer.is_contiguous() and buffer.storage_offset() % 4 == 0
-    if buffer.dtype == torch.float32 and on_boundary:
-        _OPS.moe_dw_add_(buffer, *args)
-    else:
-        buffer.add_(_OPS.moe_dw(*args))
+    _OPS.main_grad_add_(buffer, *args)
     return None
 
 

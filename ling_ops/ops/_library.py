@@ -271,4 +271,24 @@ _define(
     lambda x, *unused: x.new_empty(x.shape),
 )
 
+
+def _main_grad_add_(buffer, dy, x, row_token, offsets, gather_x):
+    """`moe_dw_add_` into any buffer: it adds to contiguous fp32 on 16-byte boundaries only."""
+    args = dy, x, row_token, offsets, gather_x
+    on_boundary = buffer.is_contiguous() and buffer.data_ptr() % 16 == 0
+    if buffer.dtype == torch.float32 and on_boundary:
+        torch.ops.ling_ops.moe_dw_add_(buffer, *args)
+    else:
+        buffer.add_(torch.ops.ling_ops.moe_dw(*args))
+
+
+# An operator of its own, since a traced graph can't ask where a buffer begins.
+_define(
+    "main_grad_add_(Tensor(a!) buffer, Tensor dy, Tensor x, Tensor row_token, Tensor offsets, "
+    "bool gather_x) -> ()",
+    _main_grad_add_,
+    lambda *unused: None,
+)
+_LIBRARY.impl("main_grad_add_", _main_grad_add_, "CUDA")
+
 _extension.load()  # registers the CUDA kernels, if there are any; touches no device
