@@ -1,4 +1,4 @@
-"""The `ling-ops` command: info, train, generate.
+"""The `ling-ops` command: info, cost, train, generate.
 
 This package sits on top of `ling_ops.models`. Each command imports what it needs when it runs,
 so that `ling-ops info` works with the core install.
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser of the `ling-ops` command, with all its subcommands."""
-    from ling_ops.cli import generate, info, options
+    from ling_ops.cli import cost, generate, info, options
 
     parser = Parser(
         prog="ling-ops",
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info.add_parser(commands)
+    cost.add_parser(commands)
     options.add_parser(commands)
     generate.add_parser(commands)
     return parser
@@ -40,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "info":
         from ling_ops.cli.info import run
+    elif arguments.command == "cost":
+        from ling_ops.cli.cost import run
     elif arguments.command == "train":
         from ling_ops.cli.train import run
     else:

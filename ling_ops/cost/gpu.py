@@ -1,0 +1,66 @@
+"""GPU figures: one data file, `gpus.json`, with a source for each."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+FIGURES = ("bf16_tflops", "memory_gb", "memory_tb_per_s", "power_w")
+
+
+class CostError(ValueError):
+    """An input that makes no sense; the text names it, what it is and what it must be."""
+
+
+def need(name: str, value: float, *, least: float = 0.0, above: bool = True) -> float:
+    """`value` if it is finite and above (or at least) `least`; CostError otherwise."""
+    fits = isinstance(value, (int, float)) and math.isfinite(value)
+    if not fits or value < least or (above and value == least):
+        word = "above" if above else "at least"
+        raise CostError(f"{name}: got {value}, need a number {word} {least:g}")
+    return value
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Dense bf16 rate, memory (10^9 bytes), memory bandwidth and power of one GPU."""
+
+    name: str
+    bf16_tflops: float
+    memory_gb: float
+    memory_tb_per_s: float
+    power_w: float
+    source: str
+
+    def __post_init__(self) -> None:
+        for figure in FIGURES:
+            need(figure, getattr(self, figure))
+
+    @property
+    def flop_per_s(self) -> float:
+        return self.bf16_tflops * 1e12
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.memory_tb_per_s * 1e12
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.memory_gb * 1e9
+
+
+def gpus() -> dict[str, GPU]:
+    """All known GPUs by name."""
+    text = (Path(__file__).parent / "gpus.json").read_text(encoding="utf-8")
+    return {key: GPU(**values) for key, values in json.loads(text).items()}
+
+
+def get_gpu(name: str, **figures: float | None) -> GPU:
+    """A known GPU, with the figures that are not None in place of its own."""
+    known = gpus()
+    if name not in known:
+        raise CostError(f"gpu: got {name!r}, need one of {', '.join(known)}")
+    given = {key: value for key, value in figures.items() if value is not None}
+    return replace(known[name], **given, **({"source": "given"} if given else {}))
