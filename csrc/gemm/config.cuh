@@ -43,10 +43,13 @@ struct Config {
   static constexpr int kParts = kParts_;
   static constexpr bool kDetached = kOutput_ == Output::kDetached;
   // Warps of the loading warpgroup: all copy gathered rows, or one loads and the others complete the tiles.
-  static constexpr int kLoadWarps = kRows == Rows::kGathered && !kDetached ? 4 : 1;
+  static constexpr int kLoadWarps = kRows != Rows::kGathered ? 1 : kDetached ? 1 : 4;
   static constexpr int kDetachedWarps = kDetached ? 4 - kLoadWarps : 0;
   static constexpr int kOutputBoxes = kDetached ? kTileN / kBoxColumns : kStagingBoxes;  // of a math warpgroup
   static constexpr int kStages = kTileN == 128 ? 6 : kDetached ? 3 : 4;
+  // Gathered rows take longer to arrive than weights; where a tile is detached, there is room for one more stage of
+  // them alone.
+  static constexpr int kStagesA = kDetached && kTileN == 256 ? 4 : kStages;
   static constexpr int kSliceN = kTileN / kCluster;            // columns that one block loads for all
   static constexpr int kRowTile = kTileM * kCluster;           // rows of a cluster's tile
   static constexpr int kPartN = kTileN / kParts;               // columns of one part in a block's tile
@@ -65,11 +68,11 @@ struct Config {
                                    cute::Step<cute::_1, cute::_2, cute::_3>>;
   template <Major kMajor>
   using Atom = cute::SM90::GMMA::Layout_SW128_Atom<Element, kMajor>;
-  template <Major kMajor, int kExtent>
+  template <Major kMajor, int kExtent, int kDepth>
   using Layout = decltype(cute::tile_to_shape(
-      Atom<kMajor>{}, cute::Shape<cute::Int<kExtent>, cute::Int<kTileK>, cute::Int<kStages>>{}, Order<kMajor>{}));
-  using LayoutA = Layout<kMajorA, kTileM>;  // (BLK_M,BLK_K,PIPE)
-  using LayoutB = Layout<kMajorB, kTileN>;  // (BLK_N,BLK_K,PIPE)
+      Atom<kMajor>{}, cute::Shape<cute::Int<kExtent>, cute::Int<kTileK>, cute::Int<kDepth>>{}, Order<kMajor>{}));
+  using LayoutA = Layout<kMajorA, kTileM, kStagesA>;  // (BLK_M,BLK_K,PIPE)
+  using LayoutB = Layout<kMajorB, kTileN, kStages>;   // (BLK_N,BLK_K,PIPE)
 
   using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kTileK>>;
   using Mma = decltype(cute::make_tiled_mma(
@@ -84,8 +87,8 @@ struct Config {
     alignas(1024) Element a[cute::cosize_v<LayoutA>];
     alignas(1024) Element b[cute::cosize_v<LayoutB>];
     alignas(1024) uint8_t staging[kMathWarpgroups][kOutputBoxes][kBoxBytes];
-    uint64_t full[kStages];
-    uint64_t empty[kStages];
+    uint64_t full[kStagesA];
+    uint64_t empty[kStagesA];
     uint64_t staged[kMathWarpgroups];
     uint64_t taken[kMathWarpgroups];
     uint64_t tile_full[kTileSlots];

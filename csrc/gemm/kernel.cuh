@@ -72,11 +72,11 @@ __device__ inline void zero_uncovered(const Schedule& schedule, const ZeroedRows
 // Issues the products of a stage's first kSteps steps of 16.
 template <int kSteps, class Mma, class FragmentA, class FragmentB, class Accumulators>
 __device__ void issue_products(Mma& mma, const FragmentA& tCrA, const FragmentB& tCrB, Accumulators& accumulators,
-                               int stage) {
+                               int stage, int weight_stage) {
   cute::warpgroup_arrive();
   CUTE_UNROLL
   for (int k = 0; k < kSteps; ++k) {
-    cute::gemm(mma, tCrA(cute::_, cute::_, k, stage), tCrB(cute::_, cute::_, k, stage), accumulators);
+    cute::gemm(mma, tCrA(cute::_, cute::_, k, stage), tCrB(cute::_, cute::_, k, weight_stage), accumulators);
     mma.accumulate_ = cute::SM90::GMMA::ScaleOut::One;
   }
   cute::warpgroup_commit_batch();
@@ -96,13 +96,13 @@ __device__ void multiply(Ring<Config>& ring, Mma& mma, const FragmentA& tCrA, co
     if constexpr (Config::kRows == Rows::kGathered) ptx::fence_async_proxy();
     const int left = Config::kContractsRows ? length - k : kTileK;
     if (left > 48) {
-      issue_products<4>(mma, tCrA, tCrB, accumulators, ring.stage());
+      issue_products<4>(mma, tCrA, tCrB, accumulators, ring.stage(), ring.weight_stage());
     } else if (left > 32) {
-      issue_products<3>(mma, tCrA, tCrB, accumulators, ring.stage());
+      issue_products<3>(mma, tCrA, tCrB, accumulators, ring.stage(), ring.weight_stage());
     } else if (left > 16) {
-      issue_products<2>(mma, tCrA, tCrB, accumulators, ring.stage());
+      issue_products<2>(mma, tCrA, tCrB, accumulators, ring.stage(), ring.weight_stage());
     } else {
-      issue_products<1>(mma, tCrA, tCrB, accumulators, ring.stage());
+      issue_products<1>(mma, tCrA, tCrB, accumulators, ring.stage(), ring.weight_stage());
     }
     // One product stays in flight while the stage before it is given back.
     cute::warpgroup_wait<1>();

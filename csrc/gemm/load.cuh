@@ -108,6 +108,7 @@ class GatheredLoader {
         }
         load(work, k);
       }
+      load_last_weights(work, work.k_begin + (work.k_end - work.k_begin - 1) / kTileK * kTileK);
     }
     source.drain();
     if (threadIdx.x == 0) ring_.drain();
@@ -135,13 +136,32 @@ class GatheredLoader {
     if (row < work.row_end) ptx::prefetch(params_.gather.index + row);
   }
 
+  // Rows have a stage more than weights where the two rings differ, so the weights of a step follow the rows of the
+  // next: both then wait for the same stage to be let go.
+  static constexpr bool kWeightsFollow = Config::kStagesA != Config::kStages;
+
+  __device__ void load_weights(const Work& work, int k, uint32_t full, int stage) {
+    if (threadIdx.x != 0) return;
+    ptx::mbarrier_arrive_expect_bytes(full, Config::kStageBytesB);
+    Product::load_b(&params_.b, full, ptx::shared_address(shared_.b) + stage * Config::kStageBytesB, work, k, block_);
+  }
+
+  __device__ void load_last_weights(const Work& work, int k) {
+    if constexpr (kWeightsFollow) {
+      ring_.wait_empty();
+      load_weights(work, k, behind_full_, behind_stage_);
+    }
+  }
+
   __device__ void load(const Work& work, int k) {
     const uint32_t full = ring_.full_barrier();
     ring_.wait_empty();
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive_expect_bytes(full, Config::kStageBytesB);
-      Product::load_b(&params_.b, full, ptx::shared_address(shared_.b) + ring_.stage() * Config::kStageBytesB, work, k,
-                      block_);
+    if constexpr (kWeightsFollow) {
+      if (k > work.k_begin) load_weights(work, k - kTileK, behind_full_, behind_stage_);
+      behind_full_ = full;
+      behind_stage_ = ring_.weight_stage();
+    } else {
+      load_weights(work, k, full, ring_.stage());
     }
     const int unit = threadIdx.x % kThreadsPerRow;
     const int row = threadIdx.x / kThreadsPerRow;
@@ -172,6 +192,8 @@ class GatheredLoader {
   int block_;
   const Element* rows_[kRowsPerThread];
   uint32_t present_ = 0;
+  uint32_t behind_full_ = 0;  // the step whose weights are still to come: its barrier and its stage
+  int behind_stage_ = 0;
 };
 
 }  // namespace ling::gemm

@@ -18,7 +18,7 @@ class Ring {
   // A stage is full when its loaders have arrived and its bytes have landed; it may be loaded again when every math
   // warp of the cluster has let it go, since each block loads weights for all blocks.
   __device__ static void initialise(typename Config::Shared& shared, int loaders) {
-    for (int i = 0; i < Config::kStages; ++i) {
+    for (int i = 0; i < Config::kStagesA; ++i) {
       ptx::mbarrier_init(ptx::shared_address(&shared.full[i]), loaders);
       ptx::mbarrier_init(ptx::shared_address(&shared.empty[i]), Config::kCluster * kMathWarpgroups * 4);
     }
@@ -26,13 +26,16 @@ class Ring {
   }
 
   __device__ int stage() const { return stage_; }
+  // The same of the weights, which may have fewer stages.
+  __device__ int weight_stage() const { return kSplit ? weight_stage_ : stage_; }
   __device__ uint32_t full_barrier() const { return full_ + stage_ * 8; }
 
   __device__ void advance() {
-    if (++stage_ == Config::kStages) {
+    if (++stage_ == Config::kStagesA) {
       stage_ = 0;
       phase_ ^= 1;
     }
+    if (kSplit && ++weight_stage_ == Config::kStages) weight_stage_ = 0;
   }
 
   __device__ void wait_full() const {
@@ -48,7 +51,7 @@ class Ring {
 
   // By the loading role, at the end: every stage has been let go, so that no arrival from a neighbour is under way.
   __device__ void drain() {
-    for (int i = 0; i < Config::kStages; ++i) {
+    for (int i = 0; i < Config::kStagesA; ++i) {
       wait_empty();
       advance();
     }
@@ -56,7 +59,7 @@ class Ring {
 
   // By all lanes of a math warp: the stage `back` steps ago is no longer read.
   __device__ void release(int back) const {
-    const int stage = stage_ >= back ? stage_ - back : stage_ - back + Config::kStages;
+    const int stage = stage_ >= back ? stage_ - back : stage_ - back + Config::kStagesA;
     if constexpr (Config::kCluster > 1) {
       if (threadIdx.x % 32 < Config::kCluster) ptx::mbarrier_arrive_cluster(release_ + stage * 8);
     } else {
@@ -65,10 +68,13 @@ class Ring {
   }
 
  private:
+  static constexpr bool kSplit = Config::kStagesA != Config::kStages;
+
   uint32_t full_;
   uint32_t empty_;
   uint32_t release_ = 0;  // the empty barriers of the block that this lane notifies
   int stage_ = 0;
+  int weight_stage_ = 0;
   uint32_t phase_ = 0;
 };
 
