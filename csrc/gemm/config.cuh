@@ -32,7 +32,7 @@ enum class Output {
 // their columns: each loads a part of them for all.
 // With kParts 2, the columns of a tile are kTileN / 2 of the gate and the same ones of the up projection.
 template <class Element_, int kTileN_, int kCluster_, Major kMajorA_, Major kMajorB_, Rows kRows_ = Rows::kContiguous,
-          int kParts_ = 1, Output kOutput_ = Output::kInTurns>
+          int kParts_ = 1, Output kOutput_ = Output::kInTurns, int kDetachedLoadWarps_ = 1>
 struct Config {
   using Element = Element_;
   static constexpr int kTileN = kTileN_;
@@ -42,8 +42,8 @@ struct Config {
   static constexpr Rows kRows = kRows_;
   static constexpr int kParts = kParts_;
   static constexpr bool kDetached = kOutput_ == Output::kDetached;
-  // Warps of the loading warpgroup: all copy gathered rows, or one loads and the others complete the tiles.
-  static constexpr int kLoadWarps = kRows != Rows::kGathered ? 1 : kDetached ? 1 : 4;
+  // Warps of the loading warpgroup: all copy gathered rows, or some do and the others complete the tiles.
+  static constexpr int kLoadWarps = kRows != Rows::kGathered ? 1 : kDetached ? kDetachedLoadWarps_ : 4;
   static constexpr int kDetachedWarps = kDetached ? 4 - kLoadWarps : 0;
   static constexpr int kOutputBoxes = kDetached ? kTileN / kBoxColumns : kStagingBoxes;  // of a math warpgroup
   static constexpr int kStages = kTileN == 128 ? 6 : kDetached ? 3 : 4;

@@ -19,8 +19,8 @@ __device__ inline float2 unpack(uint32_t word) {
 }
 
 // The tile of the backward: columns are those of a, whatever the number of parts in h.
-template <class Element, int kParts_, int kTileN>
-struct DactConfig : Config<Element, kTileN, 2, Major::K, Major::MN, Rows::kGathered, 1, Output::kDetached> {
+template <class Element, int kParts_, int kTileN, int kLoadWarps>
+struct DactConfig : Config<Element, kTileN, 2, Major::K, Major::MN, Rows::kGathered, 1, Output::kDetached, kLoadWarps> {
   static constexpr int kOutputParts = kParts_;
 };
 
@@ -206,9 +206,9 @@ class DactTile {
   uint4 h_[kRows][kParts];
 };
 
-template <class Element, int kParts, int kTileN>
+template <class Element, int kParts, int kTileN, int kLoadWarps>
 void run_dact(const MoeDactParams& p, cudaStream_t stream) {
-  using Config = DactConfig<Element, kParts, kTileN>;
+  using Config = DactConfig<Element, kParts, kTileN, kLoadWarps>;
   const int64_t n_tiles = ceil_div<int64_t>(p.columns, Config::kTileN);
   KernelParams<DactTile<Config, RowProduct<Config>>> params{};
   params.b = make_weight_map(p.dtype, p.weight, p.experts, p.contraction, p.columns, kTileK);
@@ -233,8 +233,9 @@ void run_dact(const MoeDactParams& p, cudaStream_t stream) {
 
 template <class Element, int kParts>
 void choose_dact(const MoeDactParams& p, cudaStream_t stream) {
-  if (choose_dact_columns(p.columns) == 128) return run_dact<Element, kParts, 128>(p, stream);
-  run_dact<Element, kParts, 256>(p, stream);
+  if (choose_dact_columns(p.columns) == 128) return run_dact<Element, kParts, 128, 1>(p, stream);
+  if (choose_dact_load_warps(p.contraction) == 1) return run_dact<Element, kParts, 256, 1>(p, stream);
+  run_dact<Element, kParts, 256, 2>(p, stream);
 }
 
 template <class Element>

@@ -193,17 +193,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     TileQueue<Config> queue(shared);
     Tile tile = queue.receive();
     while (tile.expert >= 0) {
-      // The next tile is fetched while products are under way where they are few to a tile: answering for it costs a
-      // fence of about 1900 cycles after the epilogue's stores.
-      constexpr bool fetches_early = Config::kContractsRows;
+      // The next tile is fetched while the last products are under way, ahead of the epilogue's stores.
       Tile next;
       const Work work = Product::work(tile, params.extents, block);
       if (work.active(half)) {
         auto accumulators = cute::partition_fragment_C(mma, cute::take<0, 2>(typename Config::Tile{}));  // (MMA,1,1)
         const auto products = [&] {
-          multiply<Config>(ring, mma, tCrA, tCrB, accumulators, work.k_end - work.k_begin, [&] {
-            if constexpr (fetches_early) next = queue.receive();
-          });
+          multiply<Config>(ring, mma, tCrA, tCrB, accumulators, work.k_end - work.k_begin,
+                           [&] { next = queue.receive(); });
         };
         if constexpr (Config::kDetached) {
           products();
@@ -214,7 +211,6 @@ __global__ void __launch_bounds__(kThreads, 1)
           // ---- epilogue
           epilogue.run(staging, accumulators);
         }
-        if constexpr (!fetches_early) next = queue.receive();
       } else {
         for (int k = work.k_begin; k < work.k_end; k += kTileK) {
           ring.wait_full();

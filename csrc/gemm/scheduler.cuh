@@ -173,7 +173,7 @@ class TileQueue {
       ptx::store_cluster(copy + 8, tile.row_end);
       ptx::store_cluster(copy + 12, tile.m);
       ptx::store_cluster(copy + 16, tile.n);
-      ptx::mbarrier_release_cluster(ptx::map_to_block(full_ + slot * 8, block));
+      announce(slot, block);
     }
     __syncwarp();
     ++published_;
@@ -190,7 +190,7 @@ class TileQueue {
   // By a whole warp of any block; every warp receives every tile.
   __device__ Tile receive() {
     const int slot = received_ % kTileSlots;
-    while (!ptx::mbarrier_acquire_cluster(full_ + slot * 8, received_ / kTileSlots % 2)) {
+    while (!announced(slot, received_ / kTileSlots % 2)) {
     }
     const int field = ptx::load_shared(tiles_ + slot * kSlotBytes + threadIdx.x % 8 * 4);
     const Tile tile{__shfl_sync(~0u, field, 0), __shfl_sync(~0u, field, 1), __shfl_sync(~0u, field, 2),
@@ -203,6 +203,21 @@ class TileQueue {
   }
 
  private:
+  // A block alone needs no order beyond its own threads: over the cluster, announcing is a fence over all memory, and
+  // hearing of it empties the L1 cache.
+  __device__ void announce(int slot, int block) const {
+    if constexpr (Config::kCluster == 1) {
+      ptx::mbarrier_arrive(full_ + slot * 8);
+    } else {
+      ptx::mbarrier_release_cluster(ptx::map_to_block(full_ + slot * 8, block));
+    }
+  }
+
+  __device__ bool announced(int slot, uint32_t parity) const {
+    if constexpr (Config::kCluster == 1) return ptx::mbarrier_try_wait(full_ + slot * 8, parity);
+    return ptx::mbarrier_acquire_cluster(full_ + slot * 8, parity);
+  }
+
   uint32_t tiles_;
   uint32_t full_;
   uint32_t empty_;

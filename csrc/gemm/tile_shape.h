@@ -11,7 +11,8 @@ enum class TileChoice {
   // shares by multicast. 32 KiB from L2 per 4.2 MFLOP, which the L2 can deliver at full tensor rate.
   kPair256,
   // 128 x 256 per block: half as much again from L2, but no block waits for another. Better where the contraction is
-  // short and the epilogue weighs more than the loads (1.05 against 1.15 ms at 262144 x 2048 x 512, 256 experts).
+  // short and the epilogue weighs more than the loads (1.05 against 1.15 ms at 262144 x 2048 x 512, 256 experts; 2.56
+  // against 2.62 ms at 262144 x 2048 x 1536, 128 experts).
   kSingle256,
   // 128 x 128 per block, six stages: more tiles where there are few, and less of a tile is idle where experts have
   // few rows or outputs have few columns.
@@ -20,7 +21,7 @@ enum class TileChoice {
 
 // A pair of blocks computes in steps of 128 rows; below about that many rows per expert it would mostly idle.
 constexpr int64_t kPairRows = 128;
-constexpr int64_t kShortContraction = 1024;
+constexpr int64_t kShortContraction = 1536;
 
 // rows, columns and contraction as in GroupedGemmParams.
 constexpr TileChoice choose_row_tile(int64_t rows, int64_t columns, int64_t contraction, int64_t experts) {
@@ -35,6 +36,10 @@ constexpr TileChoice choose_weight_grad_tile(int64_t columns, int64_t contractio
 
 // Columns of a tile of the activation's backward: as many as there are registers for, unless most would be idle.
 constexpr int choose_dact_columns(int64_t columns) { return columns <= 128 ? 128 : 256; }
+
+// Warps that copy gathered rows there; the rest of the four complete tiles. A long contraction copies more for each
+// tile: two take 4.00 against 5.00 ms at a contraction of 4096, 1.66 against 1.39 ms at 2048.
+constexpr int choose_dact_load_warps(int64_t contraction) { return contraction < 3072 ? 1 : 2; }
 
 // Columns of one partial sum of a routing weight's gradient, whatever the tile.
 constexpr int kDactSumColumns = 128;
