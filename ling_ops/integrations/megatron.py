@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ling_ops.ops import _checks
-from ling_ops.ops._backend import use_kernel
-from ling_ops.reference import permute as reference
+from ling_ops.ops._moves import gather_rows, inverse, sum_rows
 
 __all__ = [
     "install",
@@ -28,71 +27,6 @@ __all__ = [
 ]
 _MAP_TYPES = ("mask", "index")
 _MASKS = (torch.bool, torch.uint8, torch.int8, *_checks.IDS)
-
-
-def _combine(rows: Tensor, sources: Tensor, weights: Tensor | None) -> Tensor:
-    """out[i] = Σ_k weights[i,k] · rows[sources[i,k]]; a source of -1 adds nothing."""
-    if not rows.shape[0]:
-        return rows.new_zeros(sources.shape[0], rows.shape[1])
-    unsupported = "the rows are float64" if rows.dtype == torch.float64 else None
-    if not use_kernel("unpermute", rows, unsupported):
-        return reference.combine(rows, sources, weights)
-    weights = None if weights is None else weights.float().contiguous()
-    return torch.ops.ling_ops.combine(rows.contiguous(), sources.contiguous(), weights, None)
-
-
-def _inverse(sources: Tensor, num_rows: int) -> Tensor:
-    """[num_rows] int64: the position in ``sources`` that reads each row, or -1."""
-    found = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=sources.device)
-    rows = torch.where(sources >= 0, sources, num_rows).flatten().long()
-    positions = torch.arange(sources.numel(), device=sources.device)
-    return found.scatter_(0, rows, positions)[:-1]
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of x; the gradient of a row of x is the sum over its copies, in fp32."""
-
-    @staticmethod
-    def forward(ctx, x, row_token, token_rows):
-        ctx.save_for_backward(token_rows)
-        return _combine(x, row_token.unsqueeze(1), None)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (token_rows,) = ctx.saved_tensors
-        return _combine(grad, token_rows, None), None, None
-
-
-class _Sum(torch.autograd.Function):
-    """The weighted sum of each token's rows. Every row belongs to one token at most."""
-
-    @staticmethod
-    def forward(ctx, rows, token_rows, weights):
-        ctx.save_for_backward(rows, token_rows, weights)
-        return _combine(rows, token_rows, weights)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        rows, token_rows, weights = ctx.saved_tensors
-        pair = _inverse(token_rows, rows.shape[0])
-        choices = max(1, token_rows.shape[1])
-        row_token = torch.where(pair >= 0, pair // choices, -1).int().unsqueeze(1)
-        factor = grad_rows = grad_weights = None
-        if weights is not None:
-            factor = weights.flatten()[pair.clamp(min=0)].unsqueeze(1) if pair.numel() else None
-        if ctx.needs_input_grad[0]:
-            grad_rows = _combine(grad, row_token, factor)
-        if weights is not None and ctx.needs_input_grad[2]:
-            wide = torch.promote_types(rows.dtype, torch.float32)
-            products = (_combine(grad, row_token, None).to(wide) * rows.to(wide)).sum(1)
-            # Rows of no token may hold anything: their sums go to a place that is cut off.
-            flat = products.new_zeros(token_rows.numel() + 1)
-            last = torch.where(pair >= 0, pair, token_rows.numel())
-            flat = flat.scatter(0, last, products)[:-1]
-            grad_weights = flat.view(weights.shape).to(weights.dtype)
-        return grad_rows, None, grad_weights
 
 
 def _check_tokens(inp: Tensor, name: str = "inp") -> None:
@@ -153,9 +87,9 @@ def _permute_mask(
     rows, row_id_map = _mask_rows(mask, num_out)
     if pad is not None:
         rows = torch.where(rows >= 0, rows + pad.to(rows.dtype), -1)
-    pair = _inverse(rows, num_out)
+    pair = inverse(rows, num_out)
     row_token = torch.where(pair >= 0, pair // max(1, mask.shape[1]), -1).int()
-    out = _Gather.apply(inp, row_token, _map_rows(row_id_map, pad)[0])
+    out = gather_rows(inp, row_token, _map_rows(row_id_map, pad)[0])
     if probs is None:
         return out, row_id_map, None
     if not pair.numel():
@@ -173,9 +107,9 @@ def _permute_index(inp: Tensor, index: Tensor, num_out: int | None) -> tuple[Ten
     order = torch.where(ids < 0, torch.iinfo(ids.dtype).max, ids).argsort(stable=True)
     row = torch.empty_like(order).scatter_(0, order, torch.arange(pairs, device=order.device))
     row = torch.where((ids >= 0) & (row < num_out), row, -1).view(tokens, choices).int()
-    pair = _inverse(row, num_out)
+    pair = inverse(row, num_out)
     row_token = torch.where(pair >= 0, pair // choices, -1).int()
-    return _Gather.apply(inp, row_token, row), row.t().reshape(-1)
+    return gather_rows(inp, row_token, row), row.t().reshape(-1)
 
 
 def moe_permute(
@@ -304,14 +238,14 @@ def moe_unpermute(
         tokens = row_id_map.numel() if weights is None else weights.shape[0]
         _checks.shape("row_id_map", row_id_map, (tokens * choices,), "[K*T]")
         rows = row_id_map.view(choices, tokens).t()
-        return _Sum.apply(inp, rows.contiguous().int(), weights)
+        return sum_rows(inp, rows.contiguous().int(), weights)
     tokens = (inp.shape if restore_shape is None else restore_shape)[0]
     _checks.shape("row_id_map", row_id_map, (tokens, None), "[T, 2E+1]")
     rows, experts = _map_rows(row_id_map, pad_offsets)
     if weights is not None:
         _checks.shape("merging_probs", weights, tuple(rows.shape), "[T, E]")
         weights = weights.gather(1, experts)
-    return _Sum.apply(inp, rows, weights)
+    return sum_rows(inp, rows, weights)
 
 
 def _chunk_sources(split_sizes: Tensor, sorted_index: Tensor, num_rows: int, device) -> Tensor:
@@ -352,8 +286,8 @@ def _sort_chunks(inp, probs, split_sizes, sorted_index):
     if not inp.shape[0] or not split_sizes.numel():
         return inp, probs
     source = _chunk_sources(split_sizes, sorted_index, inp.shape[0], inp.device)
-    back = _inverse(source.unsqueeze(1), inp.shape[0]).int().unsqueeze(1)
-    out = _Gather.apply(inp, source.int(), back)
+    back = inverse(source.unsqueeze(1), inp.shape[0]).int().unsqueeze(1)
+    out = gather_rows(inp, source.int(), back)
     if probs is None:
         return out, None
     return out, torch.where(source >= 0, probs.gather(0, source.clamp(min=0)), 0.0)
