@@ -47,6 +47,6 @@ def exchange(
 
 def gather_counts(counts: Tensor, group: distributed.ProcessGroup) -> Tensor:
     """[R, ...]: every rank's integer ``counts``."""
-    out = counts.new_empty(distributed.get_world_size(group) * counts.shape[0], *counts.shape[1:])
-    distributed.all_gather_into_tensor(out, counts.contiguous(), group=group)
-    return out.view(-1, *counts.shape)
+    out = counts.new_empty(distributed.get_world_size(group), *counts.shape)
+    distributed.all_gather(list(out.unbind()), counts.contiguous(), group=group)
+    return out

@@ -46,10 +46,11 @@ def _expert_dimension(mesh: DeviceMesh) -> DeviceMesh:
 def parallelize(model: nn.Module, mesh: DeviceMesh, *, static_capacity: bool = False) -> nn.Module:
     """Spreads the experts of every ``ling_ops.nn.MoE`` of ``model`` over ``mesh``, in place.
 
-    ``mesh`` is one-dimensional, or has a dimension "expert" (``expert_mesh``). Every rank starts
-    with the same whole model and keeps the parameters ``[E/R, ...]`` of its experts; all else
-    stays replicated. Make optimizers afterwards. A dynamic capacity then follows the loads that
-    all ranks send; a fixed one is C = ceil(factor·T·K/E) of each rank's own T tokens.
+    ``mesh`` is one-dimensional, or has all ranks and a dimension "expert" (``expert_mesh``).
+    Every rank starts with the same whole model and keeps the parameters ``[E/R, ...]`` of its
+    experts; all else stays replicated. Make optimizers afterwards. A dynamic capacity then
+    follows the loads that all ranks send; a fixed one is C = ceil(factor·T·K/E) of each rank's
+    own T tokens.
 
     ``static_capacity``: with a fixed capacity, send C rows for every expert, so that the host
     never waits; every rank must then have the same number of tokens in every forward.
@@ -59,6 +60,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, static_capacity: bool = F
     """
     dimension = _expert_dimension(mesh)
     group = dimension.get_group()
+    everyone = distributed.group.WORLD if mesh.ndim > 1 else group
     layers = moe_modules(model)
     if not layers:
         raise ValueError("model must have at least one ling_ops.nn.MoE, got none")
@@ -68,7 +70,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, static_capacity: bool = F
                 f"static_capacity must be False unless the capacity is fixed, got {layer.capacity}"
             )
         policy = layer.capacity if static_capacity else None
-        GroupCapacity.adopt(layer.capacity, group)
+        GroupCapacity.adopt(layer.capacity, everyone)
         layer.experts = ParallelExperts(layer.experts, group, policy)
         layer.experts.mesh = dimension
     return model
@@ -114,10 +116,13 @@ def gather_tensors(
     """
     wanted = to_rank is None or distributed.get_rank() == to_rank
     whole = {}
-    for key, tensor, holder in _spread(model, tensors):
+    # Dicts that were read from files may be in another order on every rank.
+    for key, tensor, holder in _spread(model, dict(sorted(tensors.items()))):
         if holder is not None:
             parts = tensor.new_empty(holder.num_experts, *tensor.shape[1:])
-            distributed.all_gather_into_tensor(parts, tensor.contiguous(), group=holder.group)
+            distributed.all_gather(
+                list(parts.chunk(holder.ranks)), tensor.contiguous(), group=holder.group
+            )
             tensor = parts
         if wanted:
             # Off the device one by one: a whole model may not fit there.
