@@ -33,7 +33,9 @@ def world() -> int:
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
+    """Where this process computes; without a process group on the CPU."""
+    nccl = distributed.is_initialized() and distributed.get_backend() == "nccl"
+    return torch.device("cuda" if nccl else "cpu")
 
 
 def group():
