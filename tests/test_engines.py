@@ -37,12 +37,13 @@ def test_nccl(nccl_results, name) -> None:
 
 
 def test_a_compiled_training_step_is_the_eager_one() -> None:
-    """The whole model in one graph, forward and backward."""
+    """The whole model in one graph, forward and backward, also as lengths change."""
     eager, model = tiny(), tiny()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    ids = torch.randint(32, (2, 7))
-    eager(ids, labels=ids).loss.backward()
-    compiled(ids, labels=ids).loss.backward()
+    for length in (7, 9, 12):
+        ids = torch.randint(32, (2, length))
+        eager(ids, labels=ids).loss.backward()
+        compiled(ids, labels=ids).loss.backward()
     for (name, right), mine in zip(eager.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, right.grad, rtol=1e-9, atol=1e-12, msg=name)
 
