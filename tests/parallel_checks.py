@@ -145,8 +145,9 @@ def capacity_by_rows_and_by_equal_splits(folder: Path) -> None:
 
 @check
 def experts_must_divide(folder: Path) -> None:
-    with pytest.raises(ValueError, match=f"divides the {world() + 1} experts, got {world()}"):
-        ParallelExperts(Experts(world() + 1, H, WIDTH), group(), None)
+    if world() > 1:
+        with pytest.raises(ValueError, match=f"divides the {world() + 1} experts, got {world()}"):
+            ParallelExperts(Experts(world() + 1, H, WIDTH), group(), None)
     with pytest.raises(ValueError, match=f"size must divide the {world()} ranks, got 3"):
         parallel.expert_mesh(3)
     with pytest.raises(ValueError, match=r"model must have at least one ling_ops\.nn\.MoE"):
@@ -199,7 +200,7 @@ def a_model_trains_as_on_one_rank(folder: Path) -> None:
     generator = torch.Generator().manual_seed(9)
     batches = [torch.randint(32, (2, 6), generator=generator) for _ in range(world())]
     batches = [batch.to(device()) for batch in batches]
-    for size in {1, 2, world()}:
+    for size in sorted({1, min(2, world()), world()}):
         for recompute in (False, True):
             whole, spread = tiny(), tiny()
             spread.activation_checkpointing = recompute

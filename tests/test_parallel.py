@@ -32,13 +32,15 @@ def test_gloo(results, ranks, name) -> None:
     report(results[ranks], name)
 
 
-@pytest.fixture(scope="module")
-def nccl_results(tmp_path_factory):
-    return run_checks("parallel_checks", 2, tmp_path_factory.mktemp("nccl"), backend="nccl")
+@pytest.fixture(scope="module", params=[1, 2])
+def nccl_results(request, tmp_path_factory):
+    if torch.cuda.device_count() < request.param:
+        pytest.skip(f"needs {request.param} CUDA devices")
+    folder = tmp_path_factory.mktemp("nccl")
+    return run_checks("parallel_checks", request.param, folder, backend="nccl")
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("name", CHECKS)
 def test_nccl(nccl_results, name) -> None:
     report(nccl_results, name)
