@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -148,9 +147,11 @@ def workers_of(launcher: int) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_process_ends_the_job_with_an_error(lost, text, tmp_path) -> None:
-    run = tmp_path / "run"
+def disturb(text: Path, run: Path, disturbance) -> tuple[int, str, str, float]:
+    """(status, stdout, stderr, seconds to the end) of an endless run that is disturbed.
+
+    ``disturbance`` gets the launcher's process id once there is a checkpoint.
+    """
     endless = [*RUN, "--steps", 100_000, "--checkpoint-every", 1, "--expert-parallel"]
     launcher = subprocess.Popen(
         torchrun(2, *train_arguments(text, run, *endless)), stdout=subprocess.PIPE,
@@ -161,19 +162,38 @@ def test_a_killed_process_ends_the_job_with_an_error(lost, text, tmp_path) -> No
         while not latest.exists():
             assert launcher.poll() is None and time.monotonic() < limit
             time.sleep(0.05)
-        os.kill(workers_of(launcher.pid)[lost], signal.SIGKILL)
-        killed = time.monotonic()
-        _, errors = launcher.communicate(timeout=2 * ENDS_WITHIN_S)
-        took = time.monotonic() - killed
+        disturbance(launcher.pid)
+        since = time.monotonic()
+        out, errors = launcher.communicate(timeout=2 * ENDS_WITHIN_S)
+        return launcher.returncode, out, errors, time.monotonic() - since
     finally:
         launcher.kill()
-    assert launcher.returncode != 0 and took < ENDS_WITHIN_S
-    assert "Signal 9 (SIGKILL)" in errors or "another process of this run was lost" in errors
-    # What is saved goes on, here with one process.
-    reached = int(latest.read_text().strip()[5:])
-    shutil.rmtree(run / "tensorboard")
+
+
+def goes_on_alone(run: Path) -> None:
+    """What is saved is resumed by one process."""
+    reached = int((run / "checkpoints" / "latest").read_text().strip()[5:])
     done = run_command("train", "--resume", "--output", run, "--steps", reached + 2)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_process_ends_the_job_with_an_error(lost, text, tmp_path) -> None:
+    run = tmp_path / "run"
+    status, _, errors, took = disturb(
+        text, run, lambda launcher: os.kill(workers_of(launcher)[lost], signal.SIGKILL)
+    )
+    assert status != 0 and took < ENDS_WITHIN_S
+    assert "Signal 9 (SIGKILL)" in errors or "another process of this run was lost" in errors
+    goes_on_alone(run)
+
+
+def test_sigterm_saves_and_ends_all_processes(text, tmp_path) -> None:
+    run = tmp_path / "run"
+    _, out, errors, took = disturb(text, run, lambda launcher: os.kill(launcher, signal.SIGTERM))
+    assert took < ENDS_WITHIN_S and "ling-ops: error" not in errors
+    assert "stopped by SIGTERM after step" in out
+    goes_on_alone(run)
 
 
 def test_settings_that_do_not_fit_the_processes(text, tmp_path) -> None:
