@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .experts import ParallelExperts
 from .layout import REPLICATE, expert_parameters
 
 #: Gradients are summed in pieces of about this many bytes: few calls, little memory.
@@ -85,12 +86,14 @@ def clip_gradients(
     experts = expert_parameters(model)
     spread = [grad for name, grad in gradients.items() if name in experts]
     rest = [grad for name, grad in gradients.items() if name not in experts]
-    squares = nn.utils.get_total_norm(spread).double().square()
+    norms = [nn.utils.get_total_norm(grads).double() for grads in (spread, rest)]
+    if gradients:  # the norm of none is on the host
+        norms = [norm.to(next(iter(gradients.values())).device) for norm in norms]
+    squares = norms[0].square()
     if experts:
-        holder = next(m for m in model.modules() if hasattr(m, "local_experts"))
-        squares = squares.to(next(iter(experts.values())).device)
+        holder = next(m for m in model.modules() if isinstance(m, ParallelExperts))
         distributed.all_reduce(squares, group=holder.group)
-    norm = (squares + nn.utils.get_total_norm(rest).to(squares.device).double().square()).sqrt()
+    norm = (squares + norms[1].square()).sqrt()
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in gradients.values():
