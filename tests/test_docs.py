@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -93,3 +94,10 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         else:
             assert language == "python", f"a block of {page} names the language {language!r}"
             exec(compile(code, page, "exec"), names)
+
+
+def test_the_picture_is_drawn_from_a_routing(tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = runpy.run_path(str(DOCS / "images/moe_layer.py"))["draw"]
+    drawn(tmp_path / "layer.png")
+    assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")

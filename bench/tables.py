@@ -1,0 +1,197 @@
+"""Writes the measured tables of README.md and docs/ from the record, between their marks.
+
+python bench/tables.py            writes them
+python bench/tables.py --check    exit status 1 where a page differs from the record
+
+A page marks a table by ``<!-- table NAME -->`` and ``<!-- end -->``, each on a line of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import Row
+from shapes import INFERENCE, TRAINING, Layer
+from verdicts import geometric_mean, ratios
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/kernels.md")
+MARK = re.compile(
+    r"(?<=^<!-- table )(\w+)( -->\n)(.*?)(?=^<!-- end -->$)", re.MULTILINE | re.DOTALL
+)
+NAMES = {
+    (32768, 2048, 512): "Ling-mini",
+    (32768, 4096, 1024): "Ling-flash",
+    (32768, 2048, 768): "Qwen3-30B",
+    (32768, 4096, 14336): "Mixtral",
+}
+TOKENS = (1, 4, 16, 64, 512, 2048, 8192, 32768)
+
+
+class Record:
+    """A record's rows, looked up by what they measured."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+        self.rows = [Row(**row) for row in data["rows"]]
+
+    def find(self, bench: str, what: str, provider: str = "ling_ops", **sizes: int) -> Row | None:
+        for row in self.rows:
+            same = (row.bench, row.what, row.provider) == (bench, what, provider)
+            if same and all(getattr(row, key) == value for key, value in sizes.items()):
+                return row
+        return None
+
+    def ms(self, *names: str, **sizes: int) -> str:
+        row = self.find(*names, **sizes)
+        return digits(row.ms) if row else ""
+
+    def us(self, *names: str, **sizes: int) -> str:
+        row = self.find(*names, **sizes)
+        return digits(1e3 * row.ms) if row else ""
+
+
+def digits(value: float) -> str:
+    """Three digits, four from 1000 on."""
+    return (
+        f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    )
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def facts(record: Record) -> str:
+    data, most, tests = record.data, record.data["ceilings"], record.data["tests"]
+    return (
+        f"One {data['device']}, torch {data['torch']}, CUDA {data['cuda']}, {data['date'][:10]}. "
+        f"In the same run a dense 8192³\nproduct reached {most['bf16_tflops']:.0f} TFLOP/s and a "
+        f"copy {most['copy_tb_s']:.2f} TB/s; {tests['passed']} tests passed, {tests['failed']} "
+        f"failed, {tests['skipped']} were skipped.\n"
+    )
+
+
+def layer_label(layer: Layer) -> str:
+    name = NAMES.get(layer[:3])
+    return ", ".join(map(str, layer)) + (f" ({name})" if name else "")
+
+
+def train(record: Record) -> str:
+    lines = []
+    for layer in TRAINING:
+        sizes = layer._asdict()
+        ours = record.find("moe_train", "fwd_bwd", **sizes)
+        if ours is None:
+            continue
+        peers = (record.ms("moe_train", "fwd_bwd", p, **sizes) for p in ("torch", "transformers"))
+        times = [digits(ours.floor_ms), f"**{digits(ours.ms)}**", *peers]
+        lines.append([layer_label(layer), *times, f"{ours.peak_gib:.2f}"])
+    names = ["floor", "ling_ops", "torch `_grouped_mm`", "transformers", "ling_ops GiB"]
+    return table(["T, H, I, E, K", *names], lines)
+
+
+def infer_cell(record: Record, tokens: int, layer: Layer) -> str:
+    sizes = {**layer._asdict(), "T": tokens}
+    ours = record.find("moe_infer", "fwd", **sizes)
+    if ours is None:
+        return ""
+    peer = record.us("moe_infer", "fwd", "torch", **sizes)
+    return f"{digits(1e3 * ours.floor_ms)} / **{digits(1e3 * ours.ms)}** / {peer}"
+
+
+def infer(record: Record) -> str:
+    names = [NAMES[(32768, layer.H, layer.I)] for layer in INFERENCE]
+    lines = [[str(t), *(infer_cell(record, t, layer) for layer in INFERENCE)] for t in TOKENS]
+    return table(["T", *names], lines)
+
+
+ROUTING = (
+    ("gate, softmax + top-8, fp32 logits", "gate", "softmax_fwd", 32768),
+    ("gate, sigmoid + bias + 8 groups (4 kept) + top-8", "gate", "sigmoid_group_fwd", 32768),
+    ("gate, softmax, T = 64", "gate", "softmax_fwd", 64),
+    ("gate, sigmoid + groups, T = 64", "gate", "sigmoid_group_fwd", 64),
+    ("gate backward, softmax", "gate", "softmax_bwd", 32768),
+    ("route", "route", "fwd", 32768),
+    ("route, T = 64", "route", "fwd", 64),
+    ("gate + route, T = 8192", "route", "gate_route_fwd", 8192),
+    ("permute, H = 2048", "permute", "fwd", 32768),
+    ("permute backward, H = 2048", "permute", "bwd", 32768),
+    ("combine, H = 2048", "combine", "fwd", 32768),
+    ("combine backward, H = 2048", "combine", "bwd", 32768),
+)
+
+
+def routing(record: Record) -> str:
+    """E = 256, K = 8."""
+    lines = []
+    for label, bench, what, tokens in ROUTING:
+        sizes = {"T": tokens, "E": 256, "K": 8}
+        sizes |= {"H": 2048} if bench in ("permute", "combine") else {}
+        sizes |= {"dtype": "float32"} if bench == "gate" else {}
+        ours = record.find(bench, what, **sizes)
+        if ours:
+            peer = record.us(bench, what, "torch", **sizes)
+            lines.append([label, digits(1e3 * ours.ms), peer, digits(1e3 * ours.floor_ms)])
+    return table(["work", "ling_ops µs", "torch µs", "floor µs"], lines)
+
+
+def product_cells(rows: list[Row], bench: str, what: str) -> list[str]:
+    ours = [row for row in rows if row.provider == "ling_ops"]
+    halves = 1 if what.startswith("down") else 2  # up has the gate's rows and its own
+    rates = [2e-9 * halves * r.T * r.K * r.H * r.I / r.ms for r in ours]
+    cells = [f"{bench} {what}", f"{min(rates):.0f} to {max(rates):.0f}"]
+    for peer in ("torch", "cublas"):
+        found = ratios(rows, bench, peer, "ling_ops").values()
+        cells.append(f"{geometric_mean(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+    return cells
+
+
+def products(record: Record) -> str:
+    """Each kind of product beside torch's and beside one dense product of as many operations."""
+    lines = []
+    for bench in ("gemm", "grouped_mm"):
+        for what in dict.fromkeys(row.what for row in record.rows if row.bench == bench):
+            rows = [row for row in record.rows if (row.bench, row.what) == (bench, what)]
+            lines.append(product_cells(rows, bench, what))
+    return table(["product", "TFLOP/s", "speed over torch", "speed over dense cuBLAS"], lines)
+
+
+TABLES: dict[str, Callable[[Record], str]] = {
+    "facts": facts, "train": train, "routing": routing, "infer": infer, "products": products,
+}  # fmt: skip
+
+
+def filled(text: str, record: Record) -> str:
+    """A page's text with every marked table written anew."""
+    return MARK.sub(lambda mark: mark[1] + mark[2] + TABLES[mark[1]](record), text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", type=Path, default=ROOT / "bench/results/h100.json")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is stale")
+    options = parser.parse_args()
+    record = Record(json.loads(options.record.read_text(encoding="utf-8")))
+    stale = 0
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text(encoding="utf-8")
+        wanted = filled(text, record)
+        if options.check and wanted != text:
+            print(f"{name}: differs from the record")
+            stale = 1
+        elif not options.check:
+            page.write_text(wanted, encoding="utf-8")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())
