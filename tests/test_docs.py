@@ -6,11 +6,13 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cli_runner import run_command
+from cli_runner import environment, run_command
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -41,15 +43,32 @@ def prepare_transformers() -> None:
     build("qwen3_moe", "eager").save_pretrained("Qwen3-30B-A3B")
 
 
+def prepare_training() -> None:
+    for needed in ("safetensors", "matplotlib", "tensorboard", "rich"):
+        pytest.importorskip(needed)
+
+
 PREPARE = {
+    "expert-parallel.md": prepare_training,
     "checkpoints.md": prepare_checkpoints,
     "integrations-transformers.md": prepare_transformers,
 }
 
 
+#: Pages whose Python is a script of this name, which their commands run.
+SCRIPTS = {"expert-parallel.md": "train.py"}
+
+
 def run_shell(lines: str) -> None:
     for line in lines.splitlines():
         program, *arguments = shlex.split(line)
+        if program == "torchrun":
+            launch = [sys.executable, "-m", "torch.distributed.run", *arguments]
+            done = subprocess.run(
+                launch, capture_output=True, text=True, env=environment(), timeout=240, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            continue
         assert program == "ling-ops", f"a test cannot run {line!r}"
         done = run_command(*arguments)
         assert done.returncode == 0, done.stderr
@@ -70,6 +89,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
             run_shell(code)
         elif language == "json":
             json.loads(code)
+        elif language == "python" and page in SCRIPTS:
+            Path(SCRIPTS[page]).write_text(code, encoding="utf-8")
         else:
             assert language == "python", f"a block of {page} names the language {language!r}"
             exec(compile(code, page, "exec"), names)

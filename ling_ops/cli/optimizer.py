@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -49,16 +50,23 @@ class Optimizer:
             betas=(0.9, 0.95), eps=1e-8, lr=0.0, fused=True,
         )  # fmt: skip
 
-    def step(self, learning_rate: float, clip: float) -> Tensor:
-        """Take one step from the parameters' gradients; returns their norm before clipping."""
+    def step(
+        self,
+        learning_rate: float,
+        clip: float,
+        clip_all: Callable[[dict[str, Tensor], float], Tensor] | None = None,
+    ) -> Tensor:
+        """Take one step from the parameters' gradients; returns their norm before clipping.
+
+        clip_all: clips the given gradients by name together with those of other processes.
+        """
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
                 master.grad = parameter.grad.float()
-        grads = [m.grad for m in self.masters.values() if m.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        if clip > 0:
-            nn.utils.clip_grads_with_norm_(self.masters.values(), clip, norm)
+        norm = (clip_all or self._clip)(
+            {name: m.grad for name, m in self.masters.items() if m.grad is not None}, clip
+        )
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.adam.step()
@@ -67,6 +75,12 @@ class Optimizer:
                 if self.masters[name] is not parameter:
                     parameter.copy_(self.masters[name])
                 self.masters[name].grad = parameter.grad = None
+        return norm
+
+    def _clip(self, grads: dict[str, Tensor], clip: float) -> Tensor:
+        norm = nn.utils.get_total_norm(grads.values())
+        if clip > 0:
+            nn.utils.clip_grads_with_norm_(self.masters.values(), clip, norm)
         return norm
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -95,6 +95,16 @@ class TrainOptions:
     )  # fmt: skip
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="run")
     seed: int = _option(0, "seed of weights and data order", group="run", minimum=0, maximum=2**32)
+    expert_parallel: int = dataclasses.field(
+        default=1,
+        metadata={
+            "help": "processes of torchrun that share each layer's experts; without N: all",
+            "group": "run", "nargs": "?", "const": 0, "minimum": 0,
+        },
+    )  # fmt: skip
+    rank_timeout: int = _option(
+        120, "seconds after which a process gives up waiting for another", group="run", minimum=1
+    )
     # what it writes
     checkpoint_every: int = _option(
         100, "steps between checkpoints (0: only the last)", group="output", minimum=0
@@ -129,8 +139,12 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainOptions)}
 # What may change when a run goes on; anything else would make it another run.
 CHANGEABLE = {
     "data", "steps", "device", "checkpoint_every", "keep", "validate_every",
-    "validation_bytes", "log_every", "warmup_steps",
+    "validation_bytes", "log_every", "warmup_steps", "expert_parallel", "rank_timeout",
 }  # fmt: skip
+
+
+# What argparse takes of an option's metadata.
+_PARSED = ("choices", "nargs", "metavar", "const")
 
 
 def _check_value(field: dataclasses.Field, value: Any) -> None:
@@ -245,7 +259,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         known = field.default not in (None, dataclasses.MISSING)
         default = f" (default: {field.default})" if known else ""
         kind = kinds.get(str(field.type).split(" ")[0], str)
-        extra = {k: v for k, v in field.metadata.items() if k in ("choices", "nargs", "metavar")}
+        extra = {k: v for k, v in field.metadata.items() if k in _PARSED}
         if kind is not str:
             extra["metavar"] = "N" if kind is int else "X"
         flag = "--" + name.replace("_", "-")

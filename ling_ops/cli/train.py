@@ -23,6 +23,8 @@ from ling_ops.cli.modeling import (
     saved_config,
 )
 from ling_ops.cli.options import TrainOptions, given_settings, merge
+from ling_ops.cli.ranks import Ranks, local_device, open_ranks, seed_of
+from ling_ops.models import LingForCausalLM
 
 GROUPS = ("model", "optimizer", "rng")
 
@@ -37,10 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, stop: Any) -> int:
-    from ling_ops.cli.metrics import MetricsWriter
-    from ling_ops.cli.progress import open_progress
-    from ling_ops.cli.trainer import Trainer
-
     started = time.monotonic()
     given = given_settings(arguments)
     found = _checkpoint_to_resume(arguments)
@@ -49,26 +47,59 @@ def _run(arguments: argparse.Namespace, stop: Any) -> int:
         raise CommandError(
             f"the checkpoint is at step {found.state['step']}, past steps ({options.steps})", code=2
         )
-    device = pick_device(options.device)
+    device = pick_device(local_device(options.device))
+    with open_ranks(options, device) as ranks:
+        return _train(arguments, stop, options, found, device, ranks, started)
+
+
+def _train(
+    arguments: argparse.Namespace, stop: Any, options: TrainOptions,
+    found: checkpoints.Checkpoint | None, device: torch.device, ranks: Ranks, started: float,
+) -> int:  # fmt: skip
+    from ling_ops.cli.trainer import Trainer
+
     dtype = pick_dtype(options.dtype, device)
     config = saved_config(found.state) if found else new_config(options)
     check_memory(config, device, dtype)
     text = load_text(options.data, sequence_length=options.sequence_length)
-    output = _output_folder(arguments, options, found)
+    output = ranks.of_main(lambda: _output_folder(arguments, options, found))
     torch.manual_seed(options.seed)
     model = build_model(config, device, dtype, found.tensors["model"] if found else None)
-    trainer = Trainer(model, options, text, output, device)
+    trainer = Trainer(model, options, text, output, device, ranks)
+    if ranks.size > 1:
+        torch.manual_seed(seed_of(options, 0, ranks.rank))
     if found:
         trainer.restore(found)
-    progress = open_progress(options.steps)
+    if not ranks.is_main:
+        trainer.run(_Silent(), _Silent(), stop)
+        return 0
     _introduce(trainer, text, dtype, found)
+    _run_and_record(trainer, stop)
+    return _conclude(trainer, stop, time.monotonic() - started)
+
+
+class _Silent:
+    """Metrics and progress of a process that leaves both to the main one."""
+
+    def write(self, event: dict[str, Any]) -> None: ...
+
+    def train(self, event: dict[str, Any], seconds_left: float | None) -> None: ...
+
+    def validation(self, event: dict[str, Any]) -> None: ...
+
+
+def _run_and_record(trainer: Any, stop: Any) -> None:
+    from ling_ops.cli.metrics import MetricsWriter
+    from ling_ops.cli.progress import open_progress
+
+    output = trainer.output
+    progress = open_progress(trainer.options.steps)
     with _writing(output), contextlib.ExitStack() as stack:
         output.mkdir(parents=True, exist_ok=True)
         metrics = MetricsWriter(output, after_step=trainer.step)
         stack.callback(metrics.close)
         stack.enter_context(progress)
         trainer.run(metrics, progress, stop)
-    return _conclude(trainer, stop, time.monotonic() - started)
 
 
 @contextlib.contextmanager
@@ -116,8 +147,8 @@ def _output_folder(
 
 
 def _introduce(trainer: Any, text: TextData, dtype: torch.dtype, found: Any) -> None:
-    count = trainer.model.count_parameters()
-    config = trainer.model.config
+    config, ranks = trainer.model.config, trainer.ranks
+    count = LingForCausalLM(config, device="meta").count_parameters()
     print(
         f"model: {trainer.options.preset}, {count.total:,} parameters, {count.active:,} active per "
         f"byte; {config.num_layers} layers, MoE in {_ranges(trainer.model)}"
@@ -132,6 +163,8 @@ def _introduce(trainer: Any, text: TextData, dtype: torch.dtype, found: Any) -> 
         f"{str(dtype).removeprefix('torch.')}, into {trainer.output}",
         flush=True,
     )
+    if ranks.size > 1:
+        print(f"ranks: {ranks.describe()}", flush=True)
     if found:
         print(f"resumed from {found.folder} at step {trainer.step}", flush=True)
         if found.state.get("data") != text.fingerprint:
@@ -167,9 +200,10 @@ def _conclude(trainer: Any, stop: Any, seconds: float) -> int:
     with _writing(trainer.output):
         draw_run(read_metrics(trainer.output / "metrics.jsonl"), picture, title=reached)
     print(f"wrote {picture}, metrics.jsonl, tensorboard/ and checkpoints/ in {trainer.output}")
-    if stop.signal is not None:
+    if trainer.stopped:
+        by = stop.signal.name if stop.signal is not None else "another process"
         print(
-            f"stopped by {stop.signal.name} after step {trainer.step}, which is saved; go on with "
+            f"stopped by {by} after step {trainer.step}, which is saved; go on with "
             f"ling-ops train --resume --output {trainer.output}"
         )
         return 0

@@ -18,6 +18,7 @@ from ling_ops.cli.metrics import MetricsWriter, layer_metrics
 from ling_ops.cli.optimizer import Optimizer, learning_rate_at
 from ling_ops.cli.options import TrainOptions
 from ling_ops.cli.progress import Eta
+from ling_ops.cli.ranks import Ranks, seed_of
 from ling_ops.nn import accumulate_expert_counts, set_router_loss_scale
 
 NATS_PER_BIT = math.log(2)
@@ -51,9 +52,12 @@ class Trainer:
     """One run: a model, its optimizer, its text, and the folder that it writes to."""
 
     def __init__(
-        self, model: Any, options: TrainOptions, text: TextData, output: Path, device: torch.device
-    ) -> None:
-        self.model, self.options, self.output, self.device = model, options, output, device
+        self, model: Any, options: TrainOptions, text: TextData, output: Path,
+        device: torch.device, ranks: Ranks | None = None,
+    ) -> None:  # fmt: skip
+        self.ranks = Ranks() if ranks is None else ranks
+        self.model = model = self.ranks.spread(model)
+        self.options, self.output, self.device = options, output, device
         self.text = text
         self.optimizer = Optimizer(model, weight_decay=options.weight_decay)
         self.order = BatchOrder(
@@ -68,6 +72,7 @@ class Trainer:
         self.step = 0
         self.elapsed = 0.0
         self.saved_step: int | None = None
+        self.stopped = False
         self.last_validation: dict[str, Any] | None = None
         self._last_loss = self._last_norm = torch.zeros(())
         set_router_loss_scale(model, 1.0 / options.accumulate)
@@ -77,11 +82,16 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint whose model tensors are already loaded."""
         tensors = checkpoint.tensors
-        self.optimizer.load_state_tensors(tensors["optimizer"], tensors["model"])
-        rng = tensors["rng"]
+        self.optimizer.load_state_tensors(
+            *(self.ranks.shard(self.model, tensors[group]) for group in ("optimizer", "model"))
+        )
+        rng, name = tensors["rng"], f"cpu.{self.ranks.rank}" if self.ranks.rank else "cpu"
         try:
-            torch.set_rng_state(rng["cpu"])
-            if self.device.type == "cuda" and "cuda" in rng:
+            if name in rng:
+                torch.set_rng_state(rng[name])
+            else:  # the checkpoint comes from fewer processes
+                torch.manual_seed(seed_of(self.options, checkpoint.state["step"], self.ranks.rank))
+            if self.device.type == "cuda" and "cuda" in rng and self.ranks.is_main:
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
             if self.device.type == "cpu":
                 torch.set_num_threads(int(checkpoint.state["threads"]))
@@ -90,10 +100,11 @@ class Trainer:
         self.step = self.saved_step = checkpoint.state["step"]
         self.elapsed = float(checkpoint.state.get("elapsed_s", 0.0))
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write a checkpoint of the present step (never of values that are not finite)."""
         self._check_finite()
-        rng = {"cpu": torch.get_rng_state()}
+        states = self.ranks.every(torch.get_rng_state())
+        rng = {f"cpu.{rank}" if rank else "cpu": state for rank, state in enumerate(states)}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
@@ -102,15 +113,16 @@ class Trainer:
             "threads": torch.get_num_threads(), "torch": torch.__version__,
         }  # fmt: skip
         tensors = {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_tensors(),
+            "model": self.ranks.gather(self.model, self.model.state_dict()),
+            "optimizer": self.ranks.gather(self.model, self.optimizer.state_tensors()),
             "rng": rng,
-        }  # fmt: skip
-        folder = save_checkpoint(
-            self.output / "checkpoints", step=self.step, state=state, tensors=tensors,
-            keep=self.options.keep,
-        )  # fmt: skip
+        }
         self.saved_step = self.step
-        return folder
+        if self.ranks.is_main:
+            save_checkpoint(
+                self.output / "checkpoints", step=self.step, state=state, tensors=tensors,
+                keep=self.options.keep,
+            )  # fmt: skip
 
     # -- the loop --
 
@@ -121,7 +133,7 @@ class Trainer:
         tokens_per_step = options.batch_size * options.sequence_length * options.accumulate
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         since, mark, first = 0, time.monotonic(), self.step + 1
-        while self.step < options.steps and stop.signal is None:
+        while self.step < options.steps and not self._stops(stop):
             rate = self._learning_rate()
             loss_sum += self._train_step(rate)
             since += 1
@@ -146,10 +158,17 @@ class Trainer:
                 progress.validation(self._validate(metrics))
             if _is_due(self.step, options.checkpoint_every) and self.step < options.steps:
                 self.save()
-        if stop.signal is None:
+        if not self.stopped:
             progress.validation(self._validate(metrics))
         if self.saved_step != self.step:
             self.save()
+
+    def _stops(self, stop: StopRequest) -> bool:
+        """Whether a signal reached any process: all of them end after the same step."""
+        self.stopped = stop.signal is not None
+        if self.ranks.size > 1:
+            self.stopped = bool(self.ranks.total(torch.tensor(float(self.stopped))))
+        return self.stopped
 
     def _learning_rate(self) -> float:
         options = self.options
@@ -163,11 +182,15 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in range(self.options.accumulate):
             batch = self.order.batch_at(self.step * self.options.accumulate + part)
-            loss = self._loss(batch)
+            loss = self._loss(self.ranks.part(batch))
             (loss / self.options.accumulate).backward()
             accumulate_expert_counts(self.model)
             total += loss.detach().double() / self.options.accumulate
-        self._last_loss, self._last_norm = total, self.optimizer.step(rate, self.options.clip)
+        total = self.ranks.total(total) / self.ranks.size
+        self.ranks.average_gradients(self.model)
+        clipper = self.ranks.clipper(self.model)
+        self._last_loss = total
+        self._last_norm = self.optimizer.step(rate, self.options.clip, clipper)
         self.model.update_expert_biases()
         self.step += 1
         return total
@@ -188,11 +211,13 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, metrics: MetricsWriter) -> dict[str, Any]:
         self.model.eval()
-        losses = [
-            self._loss(part).double() * part.shape[0]
-            for part in self.held_out.split(self.options.batch_size)
-        ]
-        mean = float(torch.stack(losses).sum()) / self.held_out.shape[0]
+        losses = []
+        for batch in self.held_out.split(self.options.batch_size):
+            part = self.ranks.part(batch)
+            # Every process takes part in every forward; what it has twice counts once.
+            loss = self._loss(part if len(part) else batch[:1])
+            losses.append(loss.double() * len(part))
+        mean = float(self.ranks.total(torch.stack(losses).sum())) / self.held_out.shape[0]
         event = {
             "event": "validation", "step": self.step, "bits_per_byte": mean / NATS_PER_BIT,
             "order0_bits_per_byte": self.baseline,

@@ -41,7 +41,8 @@ def attention_inputs(
         positions = (token_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
     cos, sin = rotary_table(positions, config.rotary_dim, config.rope_theta)
     if token_mask is None and (past == 0 or queries == 1):
-        return AttentionInputs(cos, sin, None, is_causal=queries > 1)
+        # A branch, since a compiled graph of any length would have a symbol for the comparison.
+        return AttentionInputs(cos, sin, None, is_causal=True if queries > 1 else False)  # noqa: SIM210
     columns = torch.arange(past + queries, device=device)
     rows = columns[past:].unsqueeze(1)
     mask = columns <= rows

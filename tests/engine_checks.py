@@ -1,0 +1,204 @@
+"""Training engines around a Ling model, on several ranks; run by test_engines.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_checks import device, rank, tiny, world
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from ling_ops import parallel
+from ling_ops.models import LingForCausalLM
+from ling_ops.models.ling import LingLayer
+
+CHECKS = {}
+STEPS, RATE = 3, 1e-2
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def batches() -> list[torch.Tensor]:
+    """[B, S] of every rank."""
+    generator = torch.Generator().manual_seed(4)
+    drawn = [torch.randint(32, (2, 6), generator=generator) for _ in range(world())]
+    return [batch.to(device()) for batch in drawn]
+
+
+def whole_run(**changes) -> dict[str, torch.Tensor]:
+    """The state of a model after STEPS steps on all ranks' batches in one process."""
+    model = tiny(**changes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    ids = torch.cat(batches())
+    for _ in range(STEPS):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def steps(model: nn.Module, optimizer, after_backward=lambda: None) -> None:
+    ids = batches()[rank()]
+    for _ in range(STEPS):
+        model(ids, labels=ids).loss.backward()
+        after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def same(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(exact)
+    for name, tensor in exact.items():
+        torch.testing.assert_close(full(found[name]), tensor, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def shard(model: LingForCausalLM, **options) -> LingForCausalLM:
+    """fully_shard as FSDP2 is used: every layer, then the root."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device().type, (world(),))
+    for module in model.modules():
+        if isinstance(module, LingLayer):
+            fully_shard(module, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+@check
+def ddp(folder: Path) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = tiny(use_expert_bias=True)
+    wrapped = DistributedDataParallel(model)
+    steps(wrapped, torch.optim.AdamW(wrapped.parameters(), lr=RATE))
+    same(model.state_dict(), whole_run(use_expert_bias=True))
+
+
+@check
+def ddp_with_gradient_accumulation(folder: Path) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    model, exact = tiny(), tiny()
+    wrapped = DistributedDataParallel(model)
+    ids = batches()[rank()]
+    with wrapped.no_sync():
+        (wrapped(ids, labels=ids).loss / 2).backward()
+    (wrapped(ids, labels=ids).loss / 2).backward()
+    everything = torch.cat(batches())
+    exact(everything, labels=everything).loss.backward()
+    for (name, parameter), right in zip(model.named_parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, right.grad, rtol=1e-7, atol=1e-9, msg=name)
+
+
+@check
+def fsdp2(folder: Path) -> None:
+    for recompute in (False, True):
+        model = tiny()
+        model.activation_checkpointing = recompute
+        shard(model)
+        steps(model, torch.optim.AdamW(model.parameters(), lr=RATE))
+        same(model.state_dict(), whole_run())
+
+
+@check
+def fsdp2_in_mixed_precision(folder: Path) -> None:
+    """bf16 compute over fp32 parameters: the gradients are those of a bf16 copy."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = shard(tiny().float(), mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    ids = batches()[rank()]
+    seen = []
+    for _ in range(8):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        norm = full(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        assert torch.isfinite(norm) and norm > 0
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    assert seen[-1] < seen[0] - 0.1
+
+
+@check
+def distributed_checkpoint_of_fsdp2(folder: Path) -> None:
+    """Model and optimizer: saved by all ranks, loaded into a run that is not sharded at all."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    saved = folder / "fsdp2"
+    model = shard(tiny())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    steps(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=saved)
+    plain = tiny()
+    other = torch.optim.AdamW(plain.parameters(), lr=RATE)
+    weights, moments = get_state_dict(plain, other)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=saved)
+    set_state_dict(
+        plain, other, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    same(plain.state_dict(), whole_run())
+    for parameter, right in zip(plain.parameters(), model.parameters(), strict=True):
+        moment = optimizer.state[right]["exp_avg"]
+        torch.testing.assert_close(other.state[parameter]["exp_avg"], full(moment))
+
+
+@check
+def experts_spread_beside_ddp(folder: Path) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    mesh = parallel.expert_mesh()
+    model = parallel.parallelize(tiny(), mesh)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, list(parallel.expert_parameters(model))
+    )
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=RATE)
+    steps(wrapped, optimizer, lambda: parallel.average_gradients(model, mesh, experts_only=True))
+    same(parallel.gather_tensors(model, model.state_dict()), whole_run())
+
+
+@check
+def experts_spread_beside_fsdp2(folder: Path) -> None:
+    mesh = parallel.expert_mesh()
+    model = parallel.parallelize(tiny(), mesh)
+    shard(model, ignored_params=set(parallel.expert_parameters(model).values()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    steps(model, optimizer, lambda: parallel.average_gradients(model, mesh, experts_only=True))
+    same(parallel.gather_tensors(model, model.state_dict()), whole_run())
+
+
+@check
+def compiled_with_experts_spread(folder: Path) -> None:
+    mesh = parallel.expert_mesh()
+    model = parallel.parallelize(tiny(), mesh)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    steps(compiled, optimizer, lambda: parallel.average_gradients(model, mesh))
+    same(parallel.gather_tensors(model, model.state_dict()), whole_run())
+
+
+@check
+def a_mesh_of_two_dimensions(folder: Path) -> None:
+    """Groups of one rank: experts are replicated, and averaged as everything else."""
+    if world() < 2:
+        pytest.skip("needs two ranks")
+    mesh = parallel.expert_mesh(1)
+    model = parallel.parallelize(tiny(), mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    steps(model, optimizer, lambda: parallel.average_gradients(model, mesh))
+    same(model.state_dict(), whole_run())
+    distributed.barrier()

@@ -1,0 +1,207 @@
+"""`torchrun -m ling_ops.cli train --expert-parallel`: the run of one process, on several."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import MODEL, environment, run_command, step_files, train_arguments, write_text
+from torch import distributed
+
+for needed in ("safetensors", "matplotlib", "tensorboard", "rich"):
+    pytest.importorskip(needed)
+if not distributed.is_available() or sys.platform != "linux":
+    pytest.skip("needs torch.distributed and /proc", allow_module_level=True)
+
+STEPS = 6
+RUN = ["--batch-size", 4, "--steps", STEPS, "--log-every", 1, "--keep", 9]
+#: Nothing that depends on which tokens share a process: no jitter, capacity or balancing losses.
+SAME = [
+    "--model", *MODEL[:-1], "router_jitter=0.0", "--capacity", "dropless", "--balance-loss", 0,
+    "--sequence-loss", 0, "--z-loss", 0,
+]  # fmt: skip
+#: A lost process ends the job within this time; torchrun itself gives the others 30 s.
+ENDS_WITHIN_S = 60
+
+
+def torchrun(ranks: int, *arguments: object) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    return [sys.executable, *map(str, [*launch, "-m", "ling_ops.cli", *arguments])]
+
+
+def run_ranks(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        torchrun(ranks, *arguments), capture_output=True, text=True, env=environment(),
+        timeout=240, check=False,
+    )  # fmt: skip
+    return done
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    return {e["step"]: e["loss"] for e in events if e["event"] == "train"}
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    return load(step_files(run, step)["model.safetensors"])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """The run of one process that the others must equal."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    done = run_command(*train_arguments(text, run, *RUN, *SAME, "--checkpoint-every", 3))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def pair(text, tmp_path_factory):
+    run = tmp_path_factory.mktemp("pair") / "run"
+    extra = [*RUN, *SAME, "--checkpoint-every", 3, "--expert-parallel"]
+    done = run_ranks(2, *train_arguments(text, run, *extra))
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout
+
+
+def same_training(run: Path, alone: Path, first: int = 1) -> None:
+    found, exact = losses(run), losses(alone)
+    assert set(found) == set(range(first, STEPS + 1))
+    for step, loss in found.items():
+        assert loss == pytest.approx(exact[step], rel=1e-4), step
+    theirs = tensors(alone, STEPS)
+    mine = tensors(run, STEPS)
+    assert set(mine) == set(theirs)
+    for name, tensor in theirs.items():
+        assert mine[name].shape == tensor.shape and mine[name].dtype == tensor.dtype
+    error = max(
+        float((mine[n] - t).abs().max()) for n, t in theirs.items() if t.is_floating_point()
+    )
+    # AdamW turns a gradient near zero into a step of either sign, of at most the learning rate.
+    assert error < 5e-3
+
+
+def test_two_processes_train_as_one(pair, alone) -> None:
+    run, out = pair
+    assert "2 processes, each layer's experts spread over 2" in out
+    assert out.count("final validation") == 1
+    same_training(run, alone)
+    files = [folder / "metrics.jsonl" for folder in (run, alone)]
+    ends = [json.loads(file.read_text().splitlines()[-1]) for file in files]
+    assert ends[0]["bits_per_byte"] == pytest.approx(ends[1]["bits_per_byte"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(
+    ranks, pair, alone, tmp_path
+) -> None:
+    folder = pair[0] / "checkpoints" / "step-00000003"
+    arguments = ["train", "--resume", folder, "--output", tmp_path / "run"]
+    if ranks == 1:
+        done = run_command(*arguments)
+    else:
+        done = run_ranks(ranks, *arguments, "--expert-parallel", 2)
+    assert done.returncode == 0, done.stderr
+    same_training(tmp_path / "run", alone, first=4)
+
+
+def test_resume_on_as_many_processes_is_bit_for_bit(text, tmp_path) -> None:
+    """With all that draws random numbers and keeps a state of its own."""
+    run = tmp_path / "run"
+    arguments = train_arguments(text, run, *RUN, "--checkpoint-every", 2, "--expert-parallel")
+    done = run_ranks(2, *arguments)
+    assert done.returncode == 0, done.stderr
+    again = tmp_path / "again"
+    folder = run / "checkpoints" / "step-00000002"
+    done = run_ranks(2, "train", "--resume", folder, "--output", again)
+    assert done.returncode == 0, done.stderr
+    assert step_files(again, STEPS) == step_files(run, STEPS)
+
+
+def workers_of(launcher: int) -> list[int]:
+    """The processes that torchrun started, by age."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            if parent == launcher:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def disturb(text: Path, run: Path, disturbance) -> tuple[int, str, str, float]:
+    """(status, stdout, stderr, seconds to the end) of an endless run that is disturbed.
+
+    ``disturbance`` gets the launcher's process id once there is a checkpoint.
+    """
+    endless = [*RUN, "--steps", 100_000, "--checkpoint-every", 1, "--expert-parallel"]
+    launcher = subprocess.Popen(
+        torchrun(2, *train_arguments(text, run, *endless)), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    latest, limit = run / "checkpoints" / "latest", time.monotonic() + 120
+    try:
+        while not latest.exists():
+            assert launcher.poll() is None and time.monotonic() < limit
+            time.sleep(0.05)
+        disturbance(launcher.pid)
+        since = time.monotonic()
+        out, errors = launcher.communicate(timeout=2 * ENDS_WITHIN_S)
+        return launcher.returncode, out, errors, time.monotonic() - since
+    finally:
+        launcher.kill()
+
+
+def goes_on_alone(run: Path) -> None:
+    """What is saved is resumed by one process."""
+    reached = int((run / "checkpoints" / "latest").read_text().strip()[5:])
+    done = run_command("train", "--resume", "--output", run, "--steps", reached + 2)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_process_ends_the_job_with_an_error(lost, text, tmp_path) -> None:
+    run = tmp_path / "run"
+    status, _, errors, took = disturb(
+        text, run, lambda launcher: os.kill(workers_of(launcher)[lost], signal.SIGKILL)
+    )
+    assert status != 0 and took < ENDS_WITHIN_S
+    assert "Signal 9 (SIGKILL)" in errors or "another process of this run was lost" in errors
+    goes_on_alone(run)
+
+
+def test_sigterm_saves_and_ends_all_processes(text, tmp_path) -> None:
+    run = tmp_path / "run"
+    _, out, errors, took = disturb(text, run, lambda launcher: os.kill(launcher, signal.SIGTERM))
+    assert took < ENDS_WITHIN_S and "ling-ops: error" not in errors
+    assert "stopped by SIGTERM after step" in out
+    goes_on_alone(run)
+
+
+def test_settings_that_do_not_fit_the_processes(text, tmp_path) -> None:
+    arguments = train_arguments(text, tmp_path / "run", "--steps", 1)
+    done = run_command(*arguments, "--expert-parallel", 2)
+    assert done.returncode == 2 and "torchrun --nproc-per-node 2" in done.stderr
+    env = {**environment(), "WORLD_SIZE": "3", "RANK": "0"}
+    command = [sys.executable, "-m", "ling_ops", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "batch_size must be a multiple of the 3 processes, not 2" in done.stderr
