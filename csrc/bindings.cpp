@@ -13,6 +13,7 @@
 
 #include "bindings_routing.h"
 #include "bindings_util.h"
+#include "ling/add_activate.h"
 #include "ling/common.h"
 #include "ling/decode.h"
 #include "ling/gemm.h"
@@ -244,6 +245,29 @@ std::tuple<Tensor, Tensor, Tensor> moe_dact(Tensor dout, Tensor weight, Tensor h
   return {dh, wa, grad_weights};
 }
 
+Tensor add_activate_(Tensor h, Tensor delta, int64_t activation, double limit) {
+  const char* op = "add_activate_";
+  const Activation code = activation_code(op, activation);
+  const int64_t parts = is_gated(code) ? 2 : 1;
+  Arg(op, "h", h).cuda().dtype({ScalarType::BFloat16, ScalarType::Half}).shape({-1, -1}).contiguous().aligned(16);
+  delta = on_boundary(delta);
+  Arg(op, "delta", delta).with(h).dtype({h.scalar_type()}).shape({h.size(0), h.size(1)}).contiguous();
+  const int64_t columns = h.size(1) / parts;
+  expect(h.size(1) % (8 * parts) == 0, op, "h has a wrong shape ", Shape{h});
+  Tensor a = empty(h, {h.size(0), columns}, h.scalar_type());
+  const Launch launch(h);
+  launch_add_activate({.h = h.data_ptr(),
+                       .delta = delta.data_ptr(),
+                       .a = a.data_ptr(),
+                       .rows = h.size(0),
+                       .columns = columns,
+                       .activation = code,
+                       .limit = static_cast<float>(limit),
+                       .dtype = kernel_dtype(op, "h", h)},
+                      launch.stream());
+  return a;
+}
+
 // ---- decode --------------------------------------------------------------------------------------
 
 void check_bias(const char* label, const std::optional<Tensor>& bias, const Tensor& x, int64_t experts, int64_t width) {
@@ -348,6 +372,7 @@ STABLE_TORCH_LIBRARY_IMPL(ling_ops, CUDA, m) {
   m.impl("moe_dw_add_", TORCH_BOX(&moe_dw_add_));
   m.impl("moe_up", TORCH_BOX(&moe_up));
   m.impl("moe_dact", TORCH_BOX(&moe_dact));
+  m.impl("add_activate_", TORCH_BOX(&add_activate_));
   m.impl("moe_decode", TORCH_BOX(&moe_decode));
 }
 

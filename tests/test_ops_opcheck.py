@@ -97,6 +97,10 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
             (x, down, dy, weights, *places, 0, 1.0),
             (x, down_plain, dy, weights, *places, 3, math.inf),
         ],
+        "add_activate_": [
+            (dy.clone(), dy, 0, 1.0),
+            (dy.clone(), dy, 3, math.inf),
+        ],
         "moe_decode": [
             (x, b, down, weights, ids, None, None, None, 0, 1.0),
             (x, b, down_plain, weights, indices, routing.token_row, b[..., 0].contiguous(),

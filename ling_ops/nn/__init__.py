@@ -12,6 +12,8 @@ from .balancing import (
     update_expert_biases,
 )
 from .experts import Experts
+from .lora import add_lora, merge_lora, remove_lora, unmerge_lora
+from .lora_files import load_lora, save_lora
 from .mlp import MLP
 from .moe import MoE
 from .norm import RMSNorm
@@ -26,8 +28,14 @@ __all__ = [
     "Router",
     "RouterOutput",
     "accumulate_expert_counts",
+    "add_lora",
+    "load_lora",
+    "merge_lora",
     "moe_modules",
+    "remove_lora",
     "router_losses",
+    "save_lora",
     "set_router_loss_scale",
+    "unmerge_lora",
     "update_expert_biases",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from .. import _extension
-from ..reference import capacity, gate, gemm, moe_mlp, permute
+from ..reference import capacity, gate, gemm, lora_mlp, moe_mlp, permute
 from ..reference.activation import ACTIVATIONS, GATED
 from ..reference.losses import demand
 from ..reference.route import moved_weights, reroute_ids
@@ -263,6 +263,13 @@ _define(
     "-> (Tensor dh, Tensor wa, Tensor grad_weights)",
     moe_mlp.moe_dact,
     _moe_dact_fake,
+)
+_define(
+    "add_activate_(Tensor(a!) h, Tensor delta, int activation, float limit) -> Tensor",
+    lora_mlp.add_activate_,
+    lambda h, delta, activation, limit: h.new_empty(
+        h.shape[0], h.shape[1] // (2 if ACTIVATIONS[activation] in GATED else 1)
+    ),
 )
 _define(
     "moe_decode(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor indices, "

@@ -1,0 +1,254 @@
+"""Low-rank adaptation (LoRA, Hu et al. 2021) of experts and of linear layers, in place.
+
+A weight W stays frozen; what trains is scale B A with B A of rank r. The experts' additions run as
+two grouped products (``ling_ops.ops.lora_mlp``), so that nothing of the size of W is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ling_ops import ops
+from ling_ops.ops.lora_mlp import LowRank, lora_mlp
+
+from ._common import check_positive
+from .experts import Experts
+
+
+class Adapter(nn.Module):
+    """scale B A beside one weight: ``a [r, in]``, ``b [out, r]``, both stacked ``[E, ...]`` beside
+    the weights of experts. ``b`` starts at zero, so that a new adapter changes nothing."""
+
+    def __init__(
+        self, weight: torch.Tensor, r: int, scale: float, dropout: float, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        *experts, rows, columns = weight.shape
+        dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+        options = {"device": weight.device, "dtype": dtype}
+        self.scale, self.dropout, self.merged = scale, dropout, False
+        self.a = nn.Parameter(torch.empty(*experts, r, columns, **options))
+        self.b = nn.Parameter(torch.zeros(*experts, rows, r, **options))
+        nn.init.uniform_(self.a, -(columns**-0.5), columns**-0.5)
+
+    @property
+    def r(self) -> int:
+        return self.b.shape[-1]
+
+    def low_rank(self) -> LowRank:
+        """What ``ling_ops.ops.lora_mlp`` takes."""
+        return LowRank(self.a, self.b, self.scale, self.dropout if self.training else 0.0)
+
+    @torch.no_grad()
+    def add_to(self, weight: torch.Tensor, sign: float) -> None:
+        """weight += sign scale B A, rounded once, one expert's product at a time."""
+        stacked = weight.dim() == 3
+        for w, a, b in zip(
+            *((t if stacked else [t]) for t in (weight, self.a, self.b)), strict=True
+        ):
+            wide = torch.promote_types(w.dtype, a.dtype)
+            w.copy_(torch.addmm(w.to(wide), b.to(wide), a.to(wide), alpha=sign * self.scale))
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scale={self.scale}, dropout={self.dropout}, merged={self.merged}"
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an ``Adapter`` named ``lora``; made by ``add_lora``."""
+
+    lora: Adapter
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, lora = super().forward(x), self.lora
+        if lora.merged:
+            return out
+        inner = F.linear(F.dropout(x, lora.dropout, self.training), lora.a.to(x.dtype))
+        return out + lora.scale * F.linear(inner, lora.b.to(x.dtype))
+
+
+class LoRAExperts(Experts):
+    """Experts with an ``Adapter`` for one or both weights in ``lora``; made by ``add_lora``."""
+
+    lora: nn.ModuleDict
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        indices: torch.Tensor,
+        *,
+        routing: ops.Routing | None = None,
+    ) -> torch.Tensor:
+        """As ``Experts.forward``."""
+        low = {name: lora.low_rank() for name, lora in self.lora.items() if not lora.merged}
+        first = "gate_up_proj" if self.gated else "up_proj"
+        return lora_mlp(
+            x,
+            self.first_weight,
+            self.down_proj,
+            weights,
+            indices,
+            gate_up_lora=low.get(first),
+            down_lora=low.get("down_proj"),
+            gate_up_bias=self.first_bias,
+            down_bias=self.down_bias,
+            activation=self.activation,
+            swiglu_limit=self.swiglu_limit,
+            routing=routing,
+        )
+
+
+class Site(NamedTuple):
+    """A weight that can have an adapter: a linear layer's, or one of the experts' stacked ones."""
+
+    module_name: str
+    module: nn.Module
+    parameter: str | None  # of experts; None for a linear layer
+
+    @property
+    def name(self) -> str:
+        """The target's full name."""
+        if self.parameter is None:
+            return self.module_name
+        return f"{self.module_name}.{self.parameter}" if self.module_name else self.parameter
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.module, self.parameter or "weight")
+
+    @property
+    def adapter(self) -> Adapter | None:
+        found = getattr(self.module, "lora", None)
+        if found is None or self.parameter is None:
+            return found
+        return dict(found.items()).get(self.parameter)
+
+    def attach(self, adapter: Adapter) -> None:
+        if self.parameter is None:
+            self.module.__class__, self.module.lora = LoRALinear, adapter
+            return
+        if type(self.module) is Experts:
+            self.module.__class__, self.module.lora = LoRAExperts, nn.ModuleDict()
+        self.module.lora[self.parameter] = adapter
+        adapter.train(self.module.training)
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every weight of ``model`` that can have an adapter, in module order."""
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, LoRALinear):
+            yield Site(name, module, None)
+        elif isinstance(module, Experts):
+            for parameter, value in module.named_parameters(recurse=False):
+                if value.dim() == 3:
+                    yield Site(name, module, parameter)
+
+
+def adapters(model: nn.Module) -> list[tuple[Site, Adapter]]:
+    """All adapters of ``model`` with the weights they belong to."""
+    found = ((site, site.adapter) for site in sites(model))
+    return [(site, adapter) for site, adapter in found if adapter is not None]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _chosen(model: nn.Module, targets: Sequence[str] | None) -> list[Site]:
+    found = list(sites(model))
+    if targets is None:
+        chosen = [site for site in found if site.parameter is not None]
+        if not chosen:
+            raise ValueError("targets: got None, need names of linear layers: there are no experts")
+        return chosen
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets: got {targets!r}, need a list of names")
+    for target in targets:
+        if not any(_matches(site.name, target) for site in found):
+            known = sorted({site.name.rpartition(".")[2] for site in found})
+            raise ValueError(f"targets: {target!r} names none of {', '.join(known)}")
+    return [site for site in found if any(_matches(site.name, target) for target in targets)]
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int = 16,
+    alpha: float = 32.0,
+    targets: Sequence[str] | None = None,
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Freezes ``model`` and gives the weights that ``targets`` names a trainable scale B A.
+
+    ``targets``: ends of dotted names, such as ``"experts.gate_up_proj"``, ``"experts.down_proj"``
+    (``"down_proj"`` alone also names that of dense and shared MLPs), ``"query_key_value"``,
+    ``"attention.dense"``; None is both weights of all routed experts. scale = alpha / r.
+    ``dropout`` is of what enters A, in training; with it, experts take separate steps instead of
+    the fused ones. ``dtype`` of A and B: None is fp32 for 16-bit weights, else the weight's; they
+    compute in the input's. Returns the names. The modules stay the same objects; their names and
+    those of their weights do not change.
+
+    Raises ValueError for a target that names nothing, a model that has adapters already, or a
+    value out of range.
+    """
+    check_positive(r=r)
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha: got {alpha}, need a positive number")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: got {dropout}, need a number >= 0 and < 1")
+    return attach(model, _chosen(model, targets), r, alpha / r, dropout, dtype)
+
+
+def attach(
+    model: nn.Module,
+    chosen: Sequence[Site],
+    r: int,
+    scale: float,
+    dropout: float,
+    dtype: torch.dtype | None,
+) -> list[str]:
+    """Freezes ``model`` and gives ``chosen`` new adapters; returns their names."""
+    if adapters(model):
+        raise ValueError("model: has LoRA already; merge_lora and remove_lora come first")
+    model.requires_grad_(False)
+    for site in chosen:
+        site.attach(Adapter(site.weight, r, scale, dropout, dtype).train(site.module.training))
+    return [site.name for site in chosen]
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Adds scale B A to every adapted weight, so that a forward costs what it costs without LoRA.
+
+    One expert's product at a time, rounded to the weight's dtype. Merged adapters do nothing until
+    ``unmerge_lora``. What is merged already stays as it is.
+    """
+    _set_merged(model, True)
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Takes what ``merge_lora`` added away again: exact up to one rounding of each element."""
+    _set_merged(model, False)
+
+
+def _set_merged(model: nn.Module, merged: bool) -> None:
+    for site, adapter in adapters(model):
+        if adapter.merged != merged:
+            adapter.add_to(site.weight, 1.0 if merged else -1.0)
+            adapter.merged = merged
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Drops all adapters (what is merged stays in the weights); the weights can train again."""
+    for module in model.modules():
+        for changed, plain in ((LoRALinear, nn.Linear), (LoRAExperts, Experts)):
+            if type(module) is changed:
+                del module.lora
+                module.__class__ = plain
+    model.requires_grad_(True)

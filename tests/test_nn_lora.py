@@ -1,0 +1,197 @@
+"""``add_lora`` and its fellows on Ling models: what trains, merging, files, and PEFT's own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ling_ops.models import LingConfig, LingForCausalLM
+from ling_ops.nn import (
+    Experts,
+    add_lora,
+    load_lora,
+    merge_lora,
+    remove_lora,
+    save_lora,
+    unmerge_lora,
+)
+from ling_ops.nn.lora import adapters
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
+    "head_dim": 8, "intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 8,
+    "num_experts_per_token": 2, "num_shared_experts": 1, "first_k_dense_replace": 1,
+    "score_function": "sigmoid", "use_expert_bias": True, "init_std": 0.15,
+}  # fmt: skip
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+TARGETS = [
+    None, EXPERTS[:1], EXPERTS[1:], EXPERTS, ["down_proj"], ["query_key_value", "attention.dense"],
+    [*EXPERTS, "query_key_value"],
+]  # fmt: skip
+
+
+def make(**changes) -> LingForCausalLM:
+    torch.manual_seed(0)
+    return LingForCausalLM(LingConfig(**{**SIZES, **changes}), dtype=torch.float64).eval()
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(0, 96, (2, 17), generator=torch.Generator().manual_seed(1))
+
+
+def redraw(model: torch.nn.Module) -> None:
+    """An adapter's B starts at zero, which would hide its A."""
+    for _, adapter in adapters(model):
+        torch.nn.init.normal_(adapter.b, std=0.2)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_a_merged_model_gives_the_same_logits(targets):
+    model = make()
+    plain = model(ids()).logits
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    names = add_lora(model, r=3, alpha=6, targets=targets)
+    assert names and torch.equal(model(ids()).logits, plain)  # a new adapter changes nothing
+    redraw(model)
+    adapted = model(ids()).logits
+    assert (adapted - plain).abs().max() > 1e-3
+    merge_lora(model)
+    merge_lora(model)
+    torch.testing.assert_close(model(ids()).logits, adapted, rtol=1e-9, atol=1e-10)
+    unmerge_lora(model)
+    torch.testing.assert_close(model(ids()).logits, adapted, rtol=1e-9, atol=1e-10)
+    merge_lora(model)
+    remove_lora(model)
+    torch.testing.assert_close(model(ids()).logits, adapted, rtol=1e-9, atol=1e-10)
+    assert model.state_dict().keys() == state.keys()
+    assert all(p.requires_grad for p in model.parameters())
+    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, state[n])}
+    assert {n.removesuffix(".weight") for n in changed} == set(names)
+
+
+def test_only_adapters_train_and_a_step_lowers_the_loss():
+    model = make().train()
+    add_lora(model, r=4, targets=[*EXPERTS, "query_key_value"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for _, a in adapters(model) for p in (a.a, a.b)}
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(ids(), labels=ids()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_adapters_of_16_bit_weights_are_fp32_and_merge_with_one_rounding():
+    experts = Experts(4, 16, 8, init_std=0.3, dtype=torch.bfloat16)
+    before = experts.gate_up_proj.detach().clone()
+    add_lora(experts, r=2, alpha=2, targets=["gate_up_proj"])
+    redraw(experts)
+    ((_, adapter),) = adapters(experts)
+    assert adapter.a.dtype == adapter.b.dtype == torch.float32
+    merge_lora(experts)
+    exact = (before.double() + adapter.b.double() @ adapter.a.double()).detach()
+    error = (experts.gate_up_proj.double() - exact).abs()
+    assert (error <= exact.abs() * 2**-8 + 1e-6).all()
+    unmerge_lora(experts)
+    assert ((experts.gate_up_proj - before).abs() <= 2**-7 * (exact.abs() + before.abs())).all()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_experts_with_biases_and_without_a_gate(activation):
+    experts = Experts(4, 16, 8, activation=activation, bias=True, dtype=torch.float64)
+    torch.nn.init.normal_(experts.first_bias)
+    add_lora(experts, r=2)
+    redraw(experts)
+    x, weights = torch.randn(9, 16, dtype=torch.float64), torch.rand(9, 2)
+    indices = torch.randint(0, 4, (9, 2))
+    adapted = experts(x, weights, indices)
+    merge_lora(experts)
+    torch.testing.assert_close(experts(x, weights, indices), adapted)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"targets": ["no_such"]}, "'no_such' names none of"),
+        ({"targets": "down_proj"}, "need a list of names"),
+        ({"targets": []}, "need a list of names"),
+        ({"r": 0}, "r: got 0"),
+        ({"alpha": 0.0}, "alpha: got 0.0"),
+        ({"dropout": 1.0}, "dropout: got 1.0"),
+    ],
+)
+def test_errors_name_the_argument(options, message):
+    with pytest.raises(ValueError, match=message):
+        add_lora(make(), **options)
+
+
+def test_adapters_are_added_once():
+    model = make()
+    add_lora(model)
+    with pytest.raises(ValueError, match="has LoRA already"):
+        add_lora(model)
+    with pytest.raises(ValueError, match="there are no experts"):
+        add_lora(torch.nn.Linear(2, 2))
+
+
+# --- files ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("targets", TARGETS)
+def test_round_trip_is_exact(targets, tmp_path):
+    pytest.importorskip("safetensors")
+    model = make()
+    names = add_lora(model, r=3, alpha=6, targets=targets)
+    redraw(model)
+    save_lora(model, tmp_path)
+    again = make()
+    assert load_lora(again, tmp_path) == names
+    assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+def saved(tmp_path):
+    pytest.importorskip("safetensors")
+    model = make()
+    add_lora(model, r=3, targets=EXPERTS)
+    save_lora(model, tmp_path)
+    return tmp_path / "adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"use_dora": True}, "use_dora: got True, need False"),
+        ({"peft_type": "IA3"}, "need 'LORA'"),
+        ({"r": 5}, r"lora_A.weight is \[24, 32\], need \[40, 32\]"),
+        ({"target_parameters": ["experts.down_proj"]}, "base_layer.lora_A.weight is unexpected"),
+        ({"rank_pattern": {"x": 2}}, "rank_pattern"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_changes_nothing(change, message, tmp_path):
+    config = saved(tmp_path)
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    model = make()
+    with pytest.raises(ValueError, match=message):
+        load_lora(model, tmp_path)
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_missing_and_damaged_files(tmp_path):
+    config = saved(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_lora(make(), tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is missing"):
+        load_lora(make(), tmp_path)
+    config.unlink()
+    with pytest.raises(ValueError, match=r"adapter_config\.json is missing"):
+        load_lora(make(), tmp_path)
+    with pytest.raises(ValueError, match="0 kinds"):
+        save_lora(make(), tmp_path)
