@@ -22,6 +22,12 @@ from ling_ops.integrations._activations import Recognized
 pytestmark = pytest.mark.filterwarnings("ignore::ling_ops.ops._backend.FallbackWarning")
 
 TOKENS, CHOICES, EXPERTS = 61, 2, 5
+# Activations that ling_ops has, and ones it must leave to the class. What a later transformers adds
+# may be either; its results count.
+FUSED = {
+    "AriaExperts", "DeepseekV3Experts", "Ernie4_5_MoeExperts", "Glm4MoeExperts", "MixtralExperts",
+    "NemotronHExperts", "OlmoeExperts", "Qwen3MoeExperts",
+}  # fmt: skip
 OVERRIDDEN = {
     "DeepseekV4Experts", "Glm5NextTextExperts", "HYV4Experts", "Inkling2Experts", "GptOssExperts",
     "MiniMaxM3VLExperts", "OpenAIPrivacyFilterExperts", "MuseSparkExperts",
@@ -64,7 +70,8 @@ def compare(experts, x, ids, weights, exact=None) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", experts_classes())
 def test_every_class_of_experts(name, device):
     experts = make_experts(name).to(device)
-    assert (integration._recognize(experts).name is None) == (name in OVERRIDDEN)
+    if name in FUSED | OVERRIDDEN:
+        assert (integration._recognize(experts).name is None) == (name in OVERRIDDEN)
     x, ids, weights = (t.to(device) for t in inputs(experts, torch.float32, torch.float32))
     compare(experts, x, ids, weights)
 

@@ -126,6 +126,7 @@ def _rank(rank: int, store: str, results) -> None:
     counts = [layer.expert_counts for layer in moe_modules(model)]
     update_expert_biases(model, rate=0.01)
     results[rank] = (counts, [layer.gate.expert_bias for layer in moe_modules(model)])
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

@@ -83,6 +83,32 @@ def test_swiglu_limit(device):
     assert not torch.allclose(unlimited(x), layer(x))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_adding_the_shared_experts_in_place_changes_no_gradient(bias, device):
+    layer = make(device, num_shared_experts=2, expert_mlp_bias=bias, dtype=torch.float64)
+    x = torch.randn(7, H, device=device, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *layer.parameters())
+    upstream = torch.randn_like(x)
+    found = torch.autograd.grad(layer(x), inputs, upstream)
+    seen = []
+    layer.experts.register_forward_hook(lambda _, inputs, out: seen.append(out))
+    out = layer(x)  # a hook keeps the experts' own output as it was
+    for name, grad in zip(
+        range(len(found)), torch.autograd.grad(out, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(found[name], grad)
+    torch.testing.assert_close(out, seen[0] + layer.shared_experts(x))
+
+
+def test_shared_experts_of_another_dtype_are_promoted(device):
+    layer = make(device, num_shared_experts=1)
+    layer.shared_experts.double()
+    x = torch.randn(5, H, device=device)
+    pre = layer.shared_experts.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+    assert layer(x).dtype == torch.float64
+    pre.remove()
+
+
 def test_shared_experts_are_one_ungated_mlp(device):
     layer = make(device, num_shared_experts=2)
     x = torch.randn(2, 5, H, device=device)

@@ -11,6 +11,7 @@ from tolerances import assert_bitwise, assert_within, truth, truth64
 
 import ling_ops as lo
 from ling_ops import moe_mlp
+from ling_ops.ops import _decode
 from ling_ops.ops._decode import MAX_PAIRS, MAX_TOKENS, decode_limit
 
 ROUNDINGS = 2  # a and the output; h and y stay in fp32
@@ -86,6 +87,35 @@ def test_a_token_does_not_depend_on_the_batch(device: torch.device, dtype: torch
         for first in range(0, MAX_TOKENS, size):
             part = slice(first, first + size)
             assert_bitwise(run(case.take(part)), whole[part], f"{first} + {size}")
+
+
+def test_one_path_holds_in_its_block_only() -> None:
+    x = torch.zeros(1, 8)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out"), lo.batch_invariant():
+            with lo.batch_invariant():
+                assert _decode._one_path
+            assert _decode._one_path and not _decode.runs_decode(x, x, x[None], ())
+            raise RuntimeError("out")
+        assert not _decode._one_path
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("experts,k", [(8, 2), (256, 8)])
+def test_one_path_gives_the_same_bits_in_every_batch(
+    device: torch.device, experts: int, k: int
+) -> None:
+    """From one token to thousands, on both sides of the threshold, and with gradients."""
+    case = make_mlp(3000, 264, 200, experts, k, dtype=torch.bfloat16, style="skewed").to(device)
+    with lo.batch_invariant():
+        whole = run(case)
+        for size in (1, 2, 7, 33, 64, 65, 130, 1000):
+            for first in (0, 1500, 3000 - size):
+                part = slice(first, first + size)
+                assert_bitwise(run(case.take(part)), whole[part], f"{first} + {size}")
+    case.x.requires_grad_()
+    with torch.enable_grad():
+        assert_bitwise(run(case).detach(), whole, "with gradients")
 
 
 @pytest.mark.cuda

@@ -53,3 +53,28 @@ def test_h_is_let_go_before_the_weight_gradient_unless_the_graph_is_kept(monkeyp
     if kept:
         again = torch.autograd.grad(out.float().sum(), (x, proj, down))
         assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+
+
+def test_a_s_missing_gradient_is_not_filled_with_zeros(monkeypatch):
+    """It would be as large as a, and written in every backward."""
+    tokens, hidden, inner, experts, k = 12, 16, 24, 4, 2
+    x = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+    proj = torch.randn(experts, 2 * inner, hidden, dtype=torch.bfloat16, requires_grad=True)
+    down = torch.randn(experts, hidden, inner, dtype=torch.bfloat16)
+    weights, indices = ling_ops.topk_gate(torch.randn(tokens, experts), k)
+    routing = ling_ops.route(indices, experts)
+    got = []
+    backward = _fused_mlp._Up.backward
+
+    def watched(ctx, dh, da):
+        got.append((dh, da))
+        return backward(ctx, dh, da)
+
+    monkeypatch.setattr(_fused_mlp._Up, "backward", staticmethod(watched))
+    out = _fused_mlp.fused_moe_mlp(
+        x, proj, down, weights, routing, activation="swiglu", swiglu_limit=None, main_grads=None
+    )
+    out.float().sum().backward()
+    ((dh, da),) = got
+    assert dh.shape == (tokens * k, 2 * inner) and da is None
+    assert x.grad.abs().sum() > 0 and proj.grad.abs().sum() > 0

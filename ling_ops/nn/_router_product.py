@@ -23,8 +23,11 @@ class _BFloat16Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        high = grad.to(x.dtype)
-        halves = torch.cat([high, (grad - high).to(x.dtype)], dim=1)  # [T,2E]
+        tokens, experts = grad.shape
+        halves = grad.new_empty(tokens, 2 * experts, dtype=x.dtype)
+        high, low = halves.chunk(2, dim=1)
+        high.copy_(grad)
+        torch.sub(grad, high, out=low)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = halves @ torch.cat([weight, weight])

@@ -48,14 +48,39 @@ class MLP(nn.Module):
                     nn.init.zeros_(linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.inner(x))
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        """What ``down_proj`` is applied to, ``[..., I]``."""
         up = self.up_proj(x)
         if self.gate_proj is None:
-            return self.down_proj(_plain(self.activation, up))
-        gate = self.gate_proj(x)
-        return self.down_proj(_gated(self.activation, gate, up, self.swiglu_limit))
+            return _plain(self.activation, up)
+        return _gated(self.activation, self.gate_proj(x), up, self.swiglu_limit)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, swiglu_limit={self.swiglu_limit}"
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether something watches or changes what goes into these modules or comes out of them."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def add_linear_(x: torch.Tensor, linear: nn.Module, a: torch.Tensor) -> None:
+    """x += linear(a), in the product's own launch where the layer is a plain one."""
+    plain = type(linear) is nn.Linear and linear.bias is None and linear.weight.dtype == x.dtype
+    if plain and not is_hooked(linear) and not torch.is_autocast_enabled(x.device.type):
+        x.addmm_(a, linear.weight.t())
+    else:
+        x.add_(linear(a))
+
+
+def add_mlp_(x: torch.Tensor, mlp: nn.Module, inputs: torch.Tensor) -> None:
+    """x += mlp(inputs), for x and inputs ``[T,H]``."""
+    if type(mlp) is MLP and not is_hooked(mlp):
+        add_linear_(x, mlp.down_proj, mlp.inner(inputs))
+    else:
+        x.add_(mlp(inputs))
 
 
 def _gated(

@@ -12,7 +12,7 @@ from ling_ops import ops
 
 from ._common import check_positive
 from .experts import Experts
-from .mlp import MLP
+from .mlp import MLP, add_mlp_, is_hooked
 from .router import Router, RouterOutput
 
 PRIORITIES = ("position", "probability")
@@ -134,8 +134,18 @@ class MoE(nn.Module):
         }
         out = self.experts(flat, weights, indices, routing=routing)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(flat)
+            out = self._add_shared(out, flat)
         return out.view(x.shape)
+
+    def _add_shared(self, out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        # In place it saves a pass over out. But who watches the experts may keep what they gave,
+        # and other dtypes are promoted.
+        shared = self.shared_experts
+        plain = type(self.experts) is Experts and type(shared) is MLP
+        if not plain or is_hooked(self.experts) or shared.down_proj.weight.dtype != out.dtype:
+            return out + shared(flat)
+        add_mlp_(out, shared, flat)
+        return out
 
     def _flat_mask(self, x: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor | None:
         if token_mask is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._backend import FallbackWarning, backend_info, use_backend
+from ._decode import batch_invariant
 from .capacity import CapacityPolicy
 from .gate import topk_gate
 from .gemm import grouped_gemm, grouped_mm
@@ -23,6 +24,7 @@ __all__ = [
     "FallbackWarning",
     "Routing",
     "backend_info",
+    "batch_invariant",
     "fused_experts",
     "grouped_gemm",
     "grouped_mm",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +18,25 @@ MAX_TOKENS, MAX_PAIRS, MAX_EXPERTS = 64, 512, 4096
 #: Above it the streaming itself, 2 % slower than the grouped products', outweighs what one route,
 #: one combine and the launches between cost: elements of one projection of all chosen experts.
 MAX_STREAMED = 640 * 2**20
+
+
+_one_path = False
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """One path for batches of all sizes in a block: `moe_mlp` without its kernels for few tokens.
+
+    A token's result is then bitwise the same in every batch, with gradients or without; few tokens
+    take longer (bench/results has both). The choice holds for the whole process, not for one
+    thread; a CUDA graph keeps that of its capture.
+    """
+    global _one_path
+    before, _one_path = _one_path, True
+    try:
+        yield
+    finally:
+        _one_path = before
 
 
 def decode_limit(k: int, num_experts: int, hidden: int, inner: int) -> int:
@@ -33,6 +53,8 @@ def runs_decode(
     x: Tensor, indices: Tensor, down_proj: Tensor, differentiable: Iterable[Tensor | None]
 ) -> bool:
     """Whether `moe_decode` takes the call: few tokens, no gradient wanted, a kernel for x's GPU."""
+    if _one_path:
+        return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         return False
     tokens, k = indices.shape  # one comparison, so that torch.compile guards on one bound

@@ -46,6 +46,15 @@ def _free_saved(ctx) -> None:
         ctx.maybe_clear_saved_tensors()
 
 
+def _leave_undefined(ctx) -> None:
+    """No zeros in place of the gradient that a never gets: they are as large as a.
+
+    A compiled graph makes none, and its tracing does not know the call.
+    """
+    if not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
+
+
 class _Up(torch.autograd.Function):
     """h and a = act(h) of the rows; a carries no gradient of its own."""
 
@@ -55,6 +64,7 @@ class _Up(torch.autograd.Function):
         ctx.save_for_backward(x, proj, *routing)
         ctx.buffer = buffer
         ctx.mark_non_differentiable(a)
+        _leave_undefined(ctx)
         return h, a
 
     @staticmethod

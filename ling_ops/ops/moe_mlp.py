@@ -96,7 +96,7 @@ def moe_mlp(
     `routing`, adds exactly zero to the output and to every gradient. A token's result is bitwise
     the same in every batch; without gradients, few tokens (T <= 64, T * K <= 2 E, fewer
     with large experts: `ling_ops.ops._decode.decode_limit`) are a class of their own, whose kernels
-    round elsewhere.
+    round elsewhere; under `ling_ops.batch_invariant()` they are not.
 
     Args:
         x: [T, H] float, differentiable.

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference.route import Routing, valid_experts
+from ..reference.route import Routing
 from . import _checks
 from .permute import check_routing
 
@@ -50,7 +50,8 @@ def routing_stats(
     if weights is not None:
         _checks.shape("weights", weights, shape, "[T, K]")
         mass = torch.where(wanted, weights.float(), 0.0)
-        stats["gate_mass_dropped"] = _ratio(torch.where(dropped, mass, 0.0).sum(), mass.sum())
+        lost, whole = torch.where(dropped, mass, 0.0).sum(), mass.sum()
+        stats["gate_mass_dropped"] = torch.where(whole == 0, 0.0, lost / whole)
     return stats
 
 
@@ -62,22 +63,23 @@ def _wanted(routing: Routing, indices: Tensor | None, token_mask: Tensor | None)
         return wanted if token_mask is None else wanted & token_mask.unsqueeze(-1)
     _checks.shape("indices", indices, tuple(routing.token_row.shape), "[T, K]")
     _checks.token_mask(token_mask, indices.shape[0], "indices", indices)
-    return (valid_experts(indices, num_experts, token_mask, -1) >= 0).view(indices.shape)
+    wanted = (indices >= 0) & (indices < num_experts)
+    return wanted if token_mask is None else wanted & token_mask.unsqueeze(-1)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole in fp32, 0 where whole is 0."""
-    return part.float() / torch.where(whole == 0, torch.ones_like(whole), whole).float()
+    """part / whole in fp32, whole being a count that is 0 only where part is: then 0."""
+    return part.float() / whole.clamp(min=1).float()
 
 
 def _balance(counts: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    mean = counts.mean()
-    share = _ratio(counts, counts.sum())
-    surprise = -(share * torch.where(share > 0, share, 1.0).log()).sum()
+    experts, total = counts.numel(), counts.sum()
+    share = _ratio(counts, total)
+    surprise = -torch.special.xlogy(share, share).sum()
     return {
         "utilization": _ratio(counts, wanted.any(1).sum()),
-        "max_vio": torch.where(mean > 0, _ratio(counts.amax(), mean) - 1, 0.0),
-        "cv": _ratio(counts.std(correction=0), mean),
-        "entropy": surprise / max(math.log(counts.numel()), 1e-12),
+        "max_vio": torch.where(total > 0, _ratio(counts.amax() * experts, total) - 1, 0.0),
+        "cv": _ratio(counts.std(correction=0) * experts, total),
+        "entropy": surprise / max(math.log(experts), 1e-12),
         "dead_experts": (counts == 0).sum().float(),
     }
