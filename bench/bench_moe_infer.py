@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from harness import Case, main, normal, uniform, uniform_ids
+from harness import Case, Provider, main, normal, uniform, uniform_ids
 from peers import torch_experts, transformers_experts
 from shapes import INFERENCE, Layer, forward_floor
 
 import ling_ops
+from ling_ops.ops._decode import decode_limit
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192, 32768)
+
+
+def one_path(provider: Provider) -> Provider:
+    """The same call as for many tokens."""
+
+    def call(turn: int) -> torch.Tensor:
+        with ling_ops.batch_invariant():
+            return provider(turn)
+
+    return call
 
 
 def token_cases(layer: Layer, gate_up: torch.Tensor, down: torch.Tensor) -> Iterator[Case]:
@@ -31,6 +42,8 @@ def token_cases(layer: Layer, gate_up: torch.Tensor, down: torch.Tensor) -> Iter
                 x[i], gate_up, down, w, ids[i]
             ),
         }
+        if tokens <= decode_limit(layer.K, *down.shape):
+            providers["ling_ops, one path"] = one_path(providers["ling_ops"])
         if theirs is not None:
             providers["transformers"] = lambda i, x=x, w=weights, ids=ids: theirs(
                 x[i], w.to(x[i].dtype), ids[i].long()

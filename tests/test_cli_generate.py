@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from cli_runner import run_command, train_arguments, write_text
+from cli_runner import run_command, run_here, train_arguments, write_text
 
 pytest.importorskip("safetensors")
 
@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     run = folder / "run"
     extra = ["--steps", 60, "--learning-rate", 0.01, "--pattern", "1-1"]
-    done = run_command(*train_arguments(write_text(folder / "text"), run, *extra))
+    done = run_here(*train_arguments(write_text(folder / "text"), run, *extra))
     assert done.returncode == 0, done.stderr
     return run
 

@@ -1,4 +1,4 @@
-"""The key-value cache of incremental decoding."""
+"""The key-value caches: one grows by whole batches, in the other sequences grow each by itself."""
 
 from __future__ import annotations
 
@@ -70,3 +70,45 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Counts ``tokens`` as filled, once every layer has appended them."""
         self.length += tokens
+
+
+class StaticCache:
+    """Keys and values at fixed addresses, each sequence's own from its first row on.
+
+    Per layer ``[B · max_length, KV heads, head_dim]``; sequence b has the rows from
+    ``b · max_length`` on. ``lengths`` ``[B]`` int32 on the device says how many are filled, and
+    ``first_rows`` ``[B]`` int64 where they begin; ``starts`` ``[B + 1]`` int32 are the same
+    boundaries for attention.
+    """
+
+    def __init__(
+        self,
+        config: LingConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (batch_size * max_length, config.num_kv_heads, config.head_dim)
+        self.batch_size, self.max_length = batch_size, max_length
+        options = {"device": device, "dtype": dtype}
+        # zeros: what lies behind a sequence is masked, but 0 times an old NaN would be one
+        self.keys = [torch.zeros(shape, **options) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape, **options) for _ in range(config.num_layers)]
+        boundaries = torch.arange(batch_size + 1, device=device) * max_length
+        self.starts, self.first_rows = boundaries.int(), boundaries[:-1]
+        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+
+    def write(
+        self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Puts keys and values ``[N, KV heads, head_dim]`` into the rows ``[N]`` int64."""
+        self.keys[layer].index_copy_(0, rows, keys)
+        self.values[layer].index_copy_(0, rows, values)
+
+    def sequences(self, layer: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first ``longest`` keys and values of all, ``[B, KV heads, longest, head_dim]``."""
+        both = (self.keys[layer], self.values[layer])
+        shape = (self.batch_size, self.max_length)
+        return tuple(t.unflatten(0, shape)[:, :longest].transpose(1, 2) for t in both)

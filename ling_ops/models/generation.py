@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from .packed import PackedModel
+
+#: Steps that are sure to come, from which on a capture is repaid.
+WORTH_A_GRAPH = 8
+
 
 def sample(
     logits: torch.Tensor,
@@ -32,12 +37,25 @@ def sample(
 
 
 def check_generation(
-    input_ids: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float
+    input_ids: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
 ) -> None:
-    """Raises a ValueError naming the first argument that makes no sense."""
+    """Raises a ValueError or TypeError naming the first argument that makes no sense."""
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(
             f"input_ids: got shape {tuple(input_ids.shape)}, need [B, S] with at least one token"
+        )
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, need int64 or int32")
+    if token_mask is not None and (
+        token_mask.shape != input_ids.shape or token_mask.dtype != torch.bool
+    ):
+        raise ValueError(
+            f"token_mask: got {token_mask.dtype} {tuple(token_mask.shape)}, "
+            f"need torch.bool {tuple(input_ids.shape)}"
         )
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, need an int >= 0")
@@ -45,6 +63,55 @@ def check_generation(
         raise ValueError(f"temperature: got {temperature}, need a number >= 0")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, need a number > 0 and <= 1")
+
+
+def pack(input_ids: torch.Tensor, token_mask: torch.Tensor | None) -> tuple[torch.Tensor, list]:
+    """The real tokens of ids ``[B, S]``, one sequence behind the other ``[N]``; their numbers."""
+    if token_mask is None:
+        return input_ids.reshape(-1), [input_ids.shape[1]] * input_ids.shape[0]
+    lengths = token_mask.sum(1).tolist()
+    if 0 in lengths:
+        row = lengths.index(0)
+        raise ValueError(f"token_mask: got row {row} all padding, need a token in every row")
+    return input_ids[token_mask], lengths
+
+
+class _Reader:
+    """Hands each step's tokens to the host: to the streamer, and to see whether all have ended.
+
+    On a GPU a step's tokens are copied behind the step, and read once the next step is queued:
+    reading never leaves the GPU without work.
+    """
+
+    def __init__(self, streamer, eos_token_id: int | None, batch: int, device) -> None:
+        self.streamer, self.eos_token_id = streamer, eos_token_id
+        self.wanted = streamer is not None or eos_token_id is not None
+        self.lags = device.type == "cuda"
+        self.ended = torch.zeros(batch, dtype=torch.bool)
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if not self.wanted:
+            return
+        if not self.lags:
+            self.host = tokens.to("cpu", copy=True)
+            return
+        self.host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self.host.copy_(tokens, non_blocking=True)
+        self.copied = torch.cuda.Event()
+        self.copied.record()
+
+    def all_ended(self) -> bool:
+        """Waits for the tokens put last, streams them, and says whether every sequence ended."""
+        if not self.wanted:
+            return False
+        if self.lags:
+            self.copied.synchronize()
+        if self.streamer is not None:
+            self.streamer(self.host)
+        if self.eos_token_id is None:
+            return False
+        self.ended |= self.host == self.eos_token_id
+        return bool(self.ended.all())
 
 
 @torch.no_grad()
@@ -61,31 +128,31 @@ def generate(
     streamer: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """See ``LingForCausalLM.generate``."""
-    check_generation(input_ids, max_new_tokens, temperature, top_p)
-    batch, prompt = input_ids.shape
-    if token_mask is not None and not bool(token_mask[:, -1].all()):
-        raise ValueError("token_mask: got padding at the end, need padding on the left")
+    check_generation(input_ids, token_mask, max_new_tokens, temperature, top_p)
+    input_ids = input_ids.long()
+    prompts, lengths = pack(input_ids, token_mask)
+    if max_new_tokens == 0 or not lengths:
+        return input_ids
+    batch, new = len(lengths), []
+    reader = _Reader(streamer, eos_token_id, batch, input_ids.device)
     was_training = model.training
     model.eval()
     try:
-        cache = model.new_cache(batch, prompt + max_new_tokens)
-        finished = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-        tokens, step_input = [input_ids], input_ids
-        for _ in range(max_new_tokens):
-            output = model(step_input, cache=cache, token_mask=token_mask, last_logits_only=True)
-            token_mask = None
-            chosen = sample(
-                output.logits[:, -1], temperature=temperature, top_p=top_p, generator=generator
-            )
+        packed = PackedModel(model, batch, max(lengths) + max_new_tokens)
+        logits = packed.prefill(prompts, lengths)
+        for left in range(max_new_tokens - 1, -1, -1):
+            chosen = sample(logits, temperature=temperature, top_p=top_p, generator=generator)
             if eos_token_id is not None:
-                chosen = torch.where(finished, eos_token_id, chosen)
-                finished = finished | (chosen == eos_token_id)
-            step_input = chosen.unsqueeze(1)
-            tokens.append(step_input)
-            if streamer is not None:
-                streamer(chosen)
-            if eos_token_id is not None and bool(finished.all()):
+                chosen = torch.where(packed.active, chosen, eos_token_id)
+                packed.active.logical_and_(chosen != eos_token_id)
+            new.append(chosen)
+            reader.put(chosen)
+            if left and reader.lags:
+                logits = packed.step(chosen, more=left > WORTH_A_GRAPH)
+            if reader.all_ended():
                 break
+            if left and not reader.lags:
+                logits = packed.step(chosen, more=False)
     finally:
         model.train(was_training)
-    return torch.cat(tokens, dim=1)
+    return torch.cat([input_ids, torch.stack(new, dim=1)], dim=1)

@@ -232,16 +232,25 @@ class LingForCausalLM(nn.Module):
             cache.advance(length)
         if last_logits_only:
             hidden = hidden[:, -1:]
-        logits = self._head(hidden)
+        logits = self.head(hidden, self.head_norm())
         loss = None if labels is None else next_token_loss(logits, labels, token_mask)
         return LingOutput(logits, loss, cache)
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.config.norm_head:
-            # W / (norm of each column) applied to x is W applied to x / norm.
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            norm = torch.linalg.vector_norm(self.lm_head.weight, dim=0, dtype=wide)
-            hidden = (hidden / (norm + 1e-7)).to(hidden.dtype)
+    def head_norm(self) -> torch.Tensor | None:
+        """What hidden states are divided by before the head ``[H]``; None without ``norm_head``.
+
+        W / (norm of each column) applied to x is W applied to x / norm.
+        """
+        if not self.config.norm_head:
+            return None
+        weight = self.lm_head.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(weight, dim=0, dtype=wide) + 1e-7
+
+    def head(self, hidden: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        """Logits ``[..., V]`` of normalised hidden states ``[..., H]``, ``norm`` of head_norm."""
+        if norm is not None:
+            hidden = (hidden / norm).to(hidden.dtype)
         return self.lm_head(hidden)
 
     def _layers(self, input_ids, shared, token_mask, cache, replay_indices) -> torch.Tensor:
@@ -299,9 +308,15 @@ class LingForCausalLM(nn.Module):
         """Continues prompts ``[B, S]`` → ``[B, S + n]`` int64, n <= max_new_tokens.
 
         Temperature 0 is greedy; otherwise tokens are drawn from the ``top_p`` nucleus with
-        ``generator`` (the same seed gives the same text). Prompts of different length are padded
-        on the left, with ``token_mask`` ``[B, S]`` False there. A sequence that has ended is
-        filled up with ``eos_token_id``. ``streamer`` is called with each step's tokens ``[B]``.
+        ``generator`` (the same seed gives the same text). Prompts of different length are padded,
+        on either side, with ``token_mask`` ``[B, S]`` False there; the new tokens are the last n
+        columns. A sequence that has ended is filled up with ``eos_token_id``. ``streamer`` is
+        called with each step's tokens ``[B]``, on the host, while a GPU computes the next ones.
+
+        Padding is taken out before the model runs, so a sequence is not changed by the others
+        (a fixed or dynamic capacity, which they share, apart). On a GPU, where the experts run as
+        kernels (bf16, fp16), the steps are replays of a CUDA graph, captured anew by every call.
+        The statistics of MoE layers (``last_indices``, ``stats``) are not updated.
         """
         return generate(
             self,

@@ -1,0 +1,324 @@
+"""A Ling model over packed tokens and a static cache: what generation runs.
+
+Tokens of all sequences stand one behind the other, ``[N]``, without padding; every sequence reads
+and extends its own part of the cache. A decode step is the case of one token per sequence: it
+reads all lengths on the device, so that one CUDA graph serves every step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ling_ops.nn import MoE
+from ling_ops.nn.experts import Experts
+from ling_ops.nn.mlp import add_linear_, add_mlp_, is_hooked
+from ling_ops.ops._backend import use_kernel
+from ling_ops.ops.gemm import tensor_core_unsupported
+
+from .attention import Attention, rotary_table
+from .cache import StaticCache
+
+#: Tokens of one pass over a prompt: enough for full tiles of every expert, and a bound on memory.
+CHUNK = 16384
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Span(NamedTuple):
+    """Where the tokens of one pass belong."""
+
+    rows: Tensor  # [N] int64, of the cache
+    starts: Tensor  # [B + 1] int32: each sequence's first token
+    longest: int  # a bound on the tokens of one sequence; 1 means exactly one of each
+    keys: Tensor  # [B] int32: cached tokens of each sequence, those of this pass included
+    sizes: list[tuple[int, int]] | None  # (tokens, keys) per sequence; None in a decode step
+
+
+class Rotation(NamedTuple):
+    """Factors of queries and keys x ``[N, heads, head_dim]``: x · own, then the first half of the
+    rotated elements gains x of the second half · first, and the second x of the first · second."""
+
+    own: Tensor
+    first: Tensor
+    second: Tensor
+
+
+class PackedModel:
+    """Runs ``model`` on packed tokens; ``cache`` holds the past.
+
+    ``logits`` ``[B, V]`` are those of every sequence's last token so far.
+    """
+
+    def __init__(self, model, batch_size: int, max_length: int) -> None:
+        weight = model.lm_head.weight
+        self.model, self.config, self.device = model, model.config, weight.device
+        self.cache = StaticCache(
+            model.config, batch_size, max_length, device=weight.device, dtype=weight.dtype
+        )
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        #: Sequences that still want tokens; the others take no room where capacity is limited.
+        self.active = torch.ones(batch_size, dtype=torch.bool, device=self.device)
+        self.logits: Tensor | None = None
+        self._steps = torch.arange(batch_size + 1, dtype=torch.int32, device=self.device)
+        self._longest = 0
+        self._head_norm = model.head_norm()
+        self._flash_runs = _flash_runs(weight, model.config.head_dim)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._prepare_rotation()
+
+    # --- passes ----------------------------------------------------------------------------------
+    def prefill(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Logits ``[B, V]`` behind prompts, packed as ``[N]``, of ``lengths`` (all positive)."""
+        ends = list(itertools.accumulate(lengths))
+        last = []
+        for begin in range(0, ends[-1], CHUNK):
+            end = min(begin + CHUNK, ends[-1])
+            sizes = []
+            for length, behind in zip(lengths, ends, strict=True):
+                first = behind - length
+                done = min(max(end - first, 0), length)
+                sizes.append((done - min(max(begin - first, 0), length), done))
+            hidden = self._pass(tokens[begin:end], self._span(sizes), None, None)
+            finals = [behind - 1 - begin for behind in ends if begin < behind <= end]
+            last.append(hidden[torch.tensor(finals, dtype=torch.int64, device=self.device)])
+        self.cache.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self._longest = max(lengths)
+        return self._logits(torch.cat(last))
+
+    def step(self, tokens: Tensor, *, more: bool) -> Tensor:
+        """Logits ``[B, V]`` behind one more token ``[B]`` of every sequence.
+
+        ``more`` says that further steps are sure to come: a graph is worth its capture. The logits
+        are overwritten by the next step.
+        """
+        self.tokens.copy_(tokens)
+        self._longest += 1
+        if self._graph is not None:
+            self._graph.replay()
+            return self.logits
+        self.logits = self._decode()  # also what a capture needs to have run once
+        if more and self._can_capture():
+            logits, self._graph = self.logits, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self.logits = self._decode()
+            return logits
+        return self.logits
+
+    def _decode(self) -> Tensor:
+        cache = self.cache
+        rows, rotations = cache.first_rows + cache.lengths, self._rotations(cache.lengths)
+        cache.lengths.add_(1)
+        span = Span(rows, self._steps, 1, cache.lengths, None)
+        return self._logits(self._pass(self.tokens, span, rotations, self.active))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.head(self.model.model.norm(hidden), self._head_norm)
+
+    def _span(self, sizes: list[tuple[int, int]]) -> Span:
+        """The span of a part of the prompts, (tokens, keys) per sequence."""
+        rows = [
+            torch.arange(start + keys - new, start + keys)
+            for start, (new, keys) in zip(
+                range(0, self.cache.batch_size * self.cache.max_length, self.cache.max_length),
+                sizes,
+                strict=True,
+            )
+        ]
+        starts = [0, *itertools.accumulate(new for new, _ in sizes)]
+        keys = [keys for _, keys in sizes]
+        integers = {"dtype": torch.int32, "device": self.device}
+        return Span(
+            torch.cat(rows).to(self.device),
+            torch.tensor(starts, **integers),
+            max(2, max(new for new, _ in sizes)),
+            torch.tensor(keys, **integers),
+            sizes,
+        )
+
+    def _can_capture(self) -> bool:
+        """Whether a step runs without asking the device for anything."""
+        weight = self.model.lm_head.weight
+        if not (weight.is_cuda and weight.dtype in _HALF):
+            return False
+        for _, moe in self.model.moe_layers():
+            experts = moe.experts
+            sizes = {"H": experts.hidden_size, "I": experts.intermediate_size}
+            unsupported = tensor_core_unsupported(weight.dtype, **sizes)
+            if not (_is_plain(moe) and use_kernel("moe_mlp", weight, unsupported)):
+                return False
+        return True
+
+    # --- layers ----------------------------------------------------------------------------------
+    def _pass(
+        self, tokens: Tensor, span: Span, rotations: list[Rotation] | None, active: Tensor | None
+    ) -> Tensor:
+        """Hidden states ``[N, H]`` before the last norm. ``rotations`` have the norms' weights in
+        them, one per layer; None: those of the rows' positions, and the weights by themselves."""
+        x = self.model.model.word_embeddings(tokens)
+        shared = None
+        if rotations is None:
+            shared = self._rotation(span.rows % self.cache.max_length)
+        for index, layer in enumerate(self.model.model.layers):
+            normed = layer.input_layernorm(x)
+            heads = self._heads(layer.attention, normed)
+            if rotations is None:
+                rotation = shared
+                if self._norm_weights is not None:
+                    heads = (heads[0] * self._norm_weights[index], heads[1])
+            else:
+                rotation = rotations[index]
+            attended = self._attend(index, layer.attention, *heads, rotation, span)
+            add_linear_(x, layer.attention.dense, attended)
+            _add_layer_(x, layer.mlp, layer.post_attention_layernorm(x), active)
+        return x
+
+    def _heads(self, attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (normalised, without the norms' weights) and values ``[N, ., D]``."""
+        projected = attention.query_key_value(x).unflatten(1, (-1, attention.head_dim))
+        kv_heads, turned = attention.num_kv_heads, projected
+        if attention.query_layernorm is not None:
+            # the values too: leaving them out would cost a copy of the others
+            wide = projected.to(self._wide)
+            turned = F.rms_norm(wide, wide.shape[-1:], None, attention.query_layernorm.eps)
+        return turned[:, :-kv_heads], projected[:, -kv_heads:]
+
+    def _attend(
+        self,
+        layer: int,
+        attention: Attention,
+        turned: Tensor,
+        value: Tensor,
+        rotation: Rotation,
+        span: Span,
+    ) -> Tensor:
+        """What the heads read, ``[N, heads · D]``; the cache gains the new keys and values."""
+        half = rotation.first.shape[-1]
+        rotated = turned * rotation.own
+        first, second = turned[..., :half], turned[..., half : 2 * half]
+        rotated[..., :half].addcmul_(second, rotation.first)
+        rotated[..., half : 2 * half].addcmul_(first, rotation.second)
+        dtype = self.cache.values[layer].dtype  # autocast may have given another
+        rotated, value = rotated.to(dtype), value.to(dtype)
+        query, key = rotated[:, : attention.num_heads], rotated[:, attention.num_heads :]
+        self.cache.write(layer, span.rows, key, value)
+        if self._flash_runs:
+            return self._flash(layer, query, span).flatten(1)
+        attend = self._attend_step if span.sizes is None else self._attend_each
+        return attend(layer, query, span).flatten(1)
+
+    def _flash(self, layer: int, query: Tensor, span: Span) -> Tensor:
+        """Attention that reads each sequence's length on the device, and no more keys than that."""
+        cache = self.cache
+        return torch.ops.aten._flash_attention_forward(
+            query,
+            cache.keys[layer],
+            cache.values[layer],
+            span.starts,
+            cache.starts,
+            span.longest,
+            cache.max_length,
+            0.0,
+            span.longest > 1,  # causal, the last query at the last key
+            False,
+            seqused_k=span.keys,
+        )[0]
+
+    def _attend_step(self, layer: int, query: Tensor, span: Span) -> Tensor:
+        key, value = self.cache.sequences(layer, self._longest)
+        columns = torch.arange(self._longest, device=self.device)
+        mask = (columns < span.keys.unsqueeze(1))[:, None, None]
+        return _sdpa(query.unsqueeze(2), key, value, mask).squeeze(2)
+
+    def _attend_each(self, layer: int, query: Tensor, span: Span) -> Tensor:
+        keys, values = self.cache.sequences(layer, max(total for _, total in span.sizes))
+        out, begin = [], 0
+        for b, (new, total) in enumerate(span.sizes):
+            if new == 0:
+                continue
+            q = query[begin : begin + new].transpose(0, 1).unsqueeze(0)
+            columns = torch.arange(total, device=self.device)
+            mask = None if new == total else columns <= columns[total - new :].unsqueeze(1)
+            read = _sdpa(q, keys[b : b + 1, :, :total], values[b : b + 1, :, :total], mask)
+            out.append(read[0].transpose(0, 1))
+            begin += new
+        return torch.cat(out)
+
+    # --- rotary embedding ------------------------------------------------------------------------
+    def _prepare_rotation(self) -> None:
+        """Tables of every position, and the weights of all layers' norms over heads.
+
+        ``_wide`` is the dtype in which heads are normalised: RMSNorm's.
+        """
+        config, positions = self.config, torch.arange(self.cache.max_length, device=self.device)
+        attention = [layer.attention for layer in self.model.model.layers]
+        self._wide, self._norm_weights = self.model.lm_head.weight.dtype, None
+        if config.use_qk_norm:
+            norms = [(a.query_layernorm.weight, a.key_layernorm.weight) for a in attention]
+            heads = (config.num_heads, config.num_kv_heads)
+            self._wide = torch.promote_types(self._wide, norms[0][0].dtype)
+            self._norm_weights = torch.stack(
+                [
+                    torch.cat([w.expand(n, -1) for w, n in zip(pair, heads, strict=True)])
+                    for pair in norms
+                ]
+            ).to(self._wide)  # [layers, heads, D]
+        cos, sin = rotary_table(positions.unsqueeze(0), config.rotary_dim, config.rope_theta)
+        cos, sin = cos[0, 0], sin[0, 0, :, : config.rotary_dim // 2]
+        cos = F.pad(cos, (0, config.head_dim - config.rotary_dim), value=1.0)
+        self._cos, self._sin = cos.to(self._wide), sin.to(self._wide)  # [positions, .]
+
+    def _rotation(self, positions: Tensor) -> Rotation:
+        cos = self._cos.index_select(0, positions).unsqueeze(1)
+        sin = self._sin.index_select(0, positions).unsqueeze(1)
+        return Rotation(cos, -sin, sin)
+
+    def _rotations(self, positions: Tensor) -> list[Rotation]:
+        """One per layer, with the norms' weights multiplied in: few launches for all layers."""
+        rotation, weights = self._rotation(positions), self._norm_weights
+        if weights is None:
+            return [rotation] * self.config.num_layers
+        half = rotation.first.shape[-1]
+        w = weights.unsqueeze(1)  # [layers, 1, heads, D]
+        own = rotation.own * w
+        first = rotation.first * w[..., half : 2 * half]
+        second = rotation.second * w[..., :half]
+        return [Rotation(*each) for each in zip(own, first, second, strict=True)]
+
+
+def _flash_runs(weight: Tensor, head_dim: int) -> bool:
+    if not (weight.is_cuda and weight.dtype in _HALF and head_dim % 8 == 0 and head_dim <= 256):
+        return False
+    built = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of ``[B, heads, S, D]``; without a mask causal."""
+    gqa = key.shape[1] != query.shape[1]
+    causal = mask is None and query.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=gqa
+    )
+
+
+def _is_plain(moe: MoE) -> bool:
+    """Whether a token's result depends on that token alone, and on nothing a subclass adds."""
+    plain = type(moe) is MoE and type(moe.experts) is Experts
+    return plain and not is_hooked(moe) and moe.capacity.is_dropless
+
+
+def _add_layer_(x: Tensor, mlp: nn.Module, normed: Tensor, active: Tensor | None) -> None:
+    """x += mlp(normed), for a dense layer's or a whole MoE."""
+    if not isinstance(mlp, MoE):
+        add_mlp_(x, mlp, normed)
+    elif not _is_plain(mlp):
+        x.add_(mlp(normed, token_mask=active))
+    else:
+        routed = mlp.gate(normed)
+        x.add_(mlp.experts(normed, routed.weights, routed.indices))
+        if mlp.shared_experts is not None:
+            add_mlp_(x, mlp.shared_experts, normed)
