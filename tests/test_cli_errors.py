@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from cli_runner import command, environment, run_command, train_arguments, write_text
+from cli_runner import command, environment, run_here, train_arguments, write_text
 
 from ling_ops.cli import checkpoint, main
 
@@ -29,7 +29,7 @@ def text(tmp_path_factory):
 def trained(text, tmp_path_factory):
     """The folder of a finished run of two steps."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    done = run_command(*train_arguments(text, run, "--steps", 2))
+    done = run_here(*train_arguments(text, run, "--steps", 2))
     assert done.returncode == 0, done.stderr
     return run
 

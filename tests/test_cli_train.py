@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from cli_runner import run_command, step_files, train_arguments, write_text
+from cli_runner import run_here, step_files, train_arguments, write_text
 
 from ling_ops.cli import main
 from ling_ops.cli.checkpoint import load_checkpoint
@@ -33,7 +33,7 @@ def text(tmp_path_factory):
 def finished(text, tmp_path_factory):
     """(run folder, completed process) of one whole run."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    done = run_command(*train_arguments(text, run, "--steps", STEPS, *COUNTERS))
+    done = run_here(*train_arguments(text, run, "--steps", STEPS, *COUNTERS))
     assert done.returncode == 0, done.stderr
     return run, done
 
@@ -104,7 +104,7 @@ def test_checkpoints_hold_no_pickle_and_point_to_the_last(finished):
 def test_resume_is_bit_for_bit(step, finished, tmp_path):
     run, _ = finished
     folder = run / "checkpoints" / f"step-{step:08d}"
-    done = run_command("train", "--resume", folder, "--output", tmp_path / "again")
+    done = run_here("train", "--resume", folder, "--output", tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert step_files(tmp_path / "again", STEPS) == step_files(run, STEPS)
     first = {e["step"]: e["loss"] for e in events(run) if e["event"] == "train"}
@@ -118,7 +118,7 @@ def test_resume_in_place_continues_the_metrics(finished, tmp_path):
     for step in range(6, STEPS + 1, EVERY):
         shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
     (run / "checkpoints" / "latest").write_text("step-00000004\n")
-    done = run_command("train", "--resume", "--output", run)
+    done = run_here("train", "--resume", "--output", run)
     assert done.returncode == 0, done.stderr
     assert step_files(run, STEPS) == step_files(finished[0], STEPS)
     assert [e["step"] for e in events(run)] == [e["step"] for e in events(finished[0])]

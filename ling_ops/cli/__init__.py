@@ -1,4 +1,4 @@
-"""The `ling-ops` command: info, cost, train, generate.
+"""The `ling-ops` command: info, cost, train, finetune, generate, prune, study.
 
 This package sits on top of `ling_ops.models`. Each command imports what it needs when it runs,
 so that `ling-ops info` works with the core install.
@@ -7,6 +7,7 @@ so that `ling-ops info` works with the core install.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser of the `ling-ops` command, with all its subcommands."""
-    from ling_ops.cli import cost, generate, info, options
+    from ling_ops.cli import cost, finetune_options, generate, info, options, prune, study
 
     parser = Parser(
         prog="ling-ops",
@@ -34,20 +35,15 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_parser(commands)
     cost.add_parser(commands)
     options.add_parser(commands)
+    finetune_options.add_parser(commands)
     generate.add_parser(commands)
+    prune.add_parser(commands)
+    study.add_parser(commands)
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.command == "info":
-        from ling_ops.cli.info import run
-    elif arguments.command == "cost":
-        from ling_ops.cli.cost import run
-    elif arguments.command == "train":
-        from ling_ops.cli.train import run
-    else:
-        from ling_ops.cli.generate import run
-    return run(arguments)
+    return importlib.import_module(f"ling_ops.cli.{arguments.command}").run(arguments)
 
 
 def main(argv: list[str] | None = None) -> int:

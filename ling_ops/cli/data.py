@@ -21,7 +21,7 @@ STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "turtledemo"}
 
 @dataclass
 class TextData:
-    """Training and held-out bytes (uint8, 1-D) and where they came from."""
+    """Training and held-out tokens (1-D, bytes as uint8) and where they came from."""
 
     train: torch.Tensor
     validation: torch.Tensor
@@ -29,6 +29,7 @@ class TextData:
     description: str
     split: str
     fingerprint: str
+    bytes_per_token: float = 1.0
 
 
 def stdlib_files() -> list[tuple[str, Path]]:
@@ -179,6 +180,6 @@ def order0_entropy(windows: torch.Tensor) -> float:
     H = -sum_b f_b log2 f_b with f_b the frequency of byte b: what the best code that knows
     these frequencies, and no context, needs.
     """
-    counts = torch.bincount(windows[:, 1:].flatten(), minlength=256).double()
+    counts = torch.bincount(windows[:, 1:].flatten()).double()
     share = counts[counts > 0] / counts.sum()
     return float(-(share * share.log()).sum() / math.log(2))

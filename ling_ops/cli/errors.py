@@ -7,7 +7,10 @@ import importlib.util
 
 EXTRAS = {
     "train": ("rich", "safetensors", "matplotlib", "tensorboard"),
+    "finetune": ("rich", "safetensors", "matplotlib", "tensorboard"),
+    "study": ("rich", "safetensors", "matplotlib", "tensorboard"),
     "generate": ("safetensors",),
+    "prune": ("safetensors",),
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ling_ops.cli.errors import CommandError, require_extra
 from ling_ops.cli.text import TOKENIZER, ByteText, TokenizerText
@@ -18,6 +19,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--checkpoint", required=True, metavar="DIR",
         help="a run folder, one of its checkpoints, or a folder in the published Ling format",
     )  # fmt: skip
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="LoRA adapters in PEFT's format to add to the weights"
+    )
     parser.add_argument("--prompt", default="", help="text to continue (default: a new text)")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
@@ -36,7 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     require_extra("generate")
     import torch
 
-    model, text = _load(arguments)
+    model, text = load(arguments)
+    if arguments.adapter is not None:
+        _add_adapter(model, Path(arguments.adapter))
     device = model.lm_head.weight.device
     prompt = text.encode(arguments.prompt)
     if max(prompt) >= model.config.vocab_size:
@@ -59,8 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(arguments: argparse.Namespace):
-    """The model of a training checkpoint or of a published one, and what its tokens mean."""
+def load(arguments: Any):
+    """The model that `arguments.checkpoint` names (of a run, or published), and its text codec.
+
+    `device` and `dtype` of the arguments say where and as what; "checkpoint" keeps its dtype.
+    """
     from ling_ops.cli.checkpoint import (
         STATE,
         find_checkpoint,
@@ -68,16 +77,43 @@ def _load(arguments: argparse.Namespace):
         load_checkpoint,
     )
     from ling_ops.cli.modeling import build_model, pick_device, pick_dtype, saved_config
+    from ling_ops.cli.runs import command_of
 
     folder = Path(arguments.checkpoint)
     device = pick_device(arguments.device)
-    dtype = pick_dtype(arguments.dtype, device)
+    dtype = None if arguments.dtype == "checkpoint" else pick_dtype(arguments.dtype, device)
     trained = (folder / STATE).is_file() or has_checkpoint(folder)
     if (folder / "config.json").is_file() and not trained:
         return _load_published(folder, device, dtype)
     found = load_checkpoint(find_checkpoint(folder), groups=("model",))
-    model = build_model(saved_config(found.state), device, dtype, found.tensors["model"])
+    if command_of(found.state) == "finetune":
+        raise CommandError(_results_of(found.state, folder), code=2)
+    tensors = found.tensors["model"]
+    dtype = dtype or tensors["lm_head.weight"].dtype
+    model = build_model(saved_config(found.state), device, dtype, tensors)
     return model.eval(), ByteText()
+
+
+def _results_of(state: dict[str, Any], run: Path) -> str:
+    """What to name instead of a fine-tuning run."""
+    settings = state["settings"]
+    if settings["method"] == "full":
+        return f"{str(run)!r} is a fine-tuning run: its checkpoint is {str(run / 'model')!r}"
+    return (
+        f"{str(run)!r} is a fine-tuning run: name its base ({settings['checkpoint']}) as "
+        f"--checkpoint and {str(run / 'adapter')!r} as --adapter"
+    )
+
+
+def _add_adapter(model: Any, folder: Path) -> None:
+    from ling_ops.nn import load_lora, merge_lora, remove_lora
+
+    try:
+        load_lora(model, folder)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    merge_lora(model)
+    remove_lora(model)
 
 
 def _load_published(folder: Path, device, dtype):

@@ -1,4 +1,4 @@
-"""What `ling-ops train` can be told: flags, a config file, and their checks."""
+"""What a run can be told: flags, a config file, and their checks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,59 +15,17 @@ from typing import Any
 from ling_ops.cli.errors import CommandError
 
 
-def _option(default: Any, help: str, **extra: Any) -> Any:
+def option(default: Any, help: str, **extra: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **extra})
 
 
 @dataclass
-class TrainOptions:
-    """Every setting of a run. `None` means: what the preset says.
+class RunOptions:
+    """The settings that every training run has.
 
     The field names are the keys of a config file; a flag is the same name with dashes.
     """
 
-    # the model
-    preset: str = _option("tiny", "model preset, such as tiny or small", group="model")
-    pattern: str | None = _option(
-        None, "layer counts by turns, dense first, such as 2-4-2-4", group="model"
-    )
-    layers: int | None = _option(
-        None, "layers in all; default: the sum of the pattern", group="model", minimum=1
-    )
-    gate: str | None = _option(
-        None, "router score function", choices=("softmax", "sigmoid"), group="model"
-    )
-    experts: int | None = _option(None, "experts per MoE layer", group="model", minimum=1)
-    experts_per_token: int | None = _option(
-        None, "experts that a token is sent to", group="model", minimum=1
-    )
-    capacity: str | None = _option(
-        None,
-        "dropless, fixed:FACTOR (fixed:1.25) or dynamic:DROP_RATE[:batch|:running] (dynamic:0.02)",
-        group="model",
-    )
-    reroute_rounds: int | None = _option(
-        None, "rounds in which overflow may go to the next-best expert", group="model", minimum=0
-    )
-    balance_loss: float | None = _option(
-        None, "coefficient of the load-balancing loss", group="losses", minimum=0.0
-    )
-    sequence_loss: float | None = _option(
-        None, "coefficient of the sequence-wise balancing loss", group="losses", minimum=0.0
-    )
-    z_loss: float | None = _option(
-        None, "coefficient of the router z-loss", group="losses", minimum=0.0
-    )
-    bias_rate: float | None = _option(
-        None, "update rate of the loss-free expert bias (0: no bias)", group="losses", minimum=0.0
-    )
-    model: dict[str, Any] = dataclasses.field(
-        default_factory=dict,
-        metadata={
-            "help": "any other field of LingConfig", "group": "model", "nargs": "+",
-            "metavar": "NAME=VALUE",
-        },
-    )  # fmt: skip
     # the run
     data: list[str] = dataclasses.field(
         default_factory=list,
@@ -75,48 +34,38 @@ class TrainOptions:
             "group": "run", "nargs": "+", "metavar": "PATH",
         },
     )  # fmt: skip
-    steps: int = _option(400, "optimizer steps in all", group="run", minimum=1)
-    batch_size: int = _option(8, "sequences per micro-batch", group="run", minimum=1)
-    sequence_length: int = _option(256, "bytes per sequence", group="run", minimum=2)
-    accumulate: int = _option(1, "micro-batches per optimizer step", group="run", minimum=1)
-    learning_rate: float = _option(3e-3, "peak learning rate", group="run", minimum=0.0)
-    final_learning_rate: float = _option(
+    steps: int = option(400, "optimizer steps in all", group="run", minimum=1)
+    batch_size: int = option(8, "sequences per micro-batch", group="run", minimum=1)
+    sequence_length: int = option(256, "bytes per sequence", group="run", minimum=2)
+    accumulate: int = option(1, "micro-batches per optimizer step", group="run", minimum=1)
+    learning_rate: float = option(3e-3, "peak learning rate", group="run", minimum=0.0)
+    final_learning_rate: float = option(
         0.1, "learning rate at the end, as a fraction of the peak", group="run", minimum=0.0
     )
-    warmup_steps: int | None = _option(
+    warmup_steps: int | None = option(
         None, "steps of linear warm-up; default: a tenth of the steps, at most 1000",
         group="run", minimum=0,
     )  # fmt: skip
-    weight_decay: float = _option(0.1, "AdamW weight decay of matrices", group="run", minimum=0.0)
-    clip: float = _option(1.0, "largest gradient norm (0: no clipping)", group="run", minimum=0.0)
-    dtype: str = _option(
+    weight_decay: float = option(0.1, "AdamW weight decay of matrices", group="run", minimum=0.0)
+    clip: float = option(1.0, "largest gradient norm (0: no clipping)", group="run", minimum=0.0)
+    dtype: str = option(
         "auto", "parameter dtype; auto is bf16 on a GPU and fp32 on a CPU",
         choices=("auto", "fp32", "bf16"), group="run",
     )  # fmt: skip
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="run")
-    seed: int = _option(0, "seed of weights and data order", group="run", minimum=0, maximum=2**32)
-    expert_parallel: int = dataclasses.field(
-        default=1,
-        metadata={
-            "help": "processes of torchrun that share each layer's experts; without N: all",
-            "group": "run", "nargs": "?", "const": 0, "minimum": 0,
-        },
-    )  # fmt: skip
-    rank_timeout: int = _option(
-        120, "seconds after which a process gives up waiting for another", group="run", minimum=1
-    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="run")
+    seed: int = option(0, "seed of weights and data order", group="run", minimum=0, maximum=2**32)
     # what it writes
-    checkpoint_every: int = _option(
+    checkpoint_every: int = option(
         100, "steps between checkpoints (0: only the last)", group="output", minimum=0
     )
-    keep: int = _option(2, "how many checkpoints to keep", group="output", minimum=1)
-    validate_every: int = _option(
+    keep: int = option(2, "how many checkpoints to keep", group="output", minimum=1)
+    validate_every: int = option(
         100, "steps between validations (0: only at the end)", group="output", minimum=0
     )
-    validation_bytes: int = _option(
+    validation_bytes: int = option(
         65536, "held-out bytes that a validation reads", group="output", minimum=1
     )
-    log_every: int = _option(5, "steps between lines of metrics", group="output", minimum=1)
+    log_every: int = option(5, "steps between lines of metrics", group="output", minimum=1)
 
     def check(self) -> None:
         """Raise CommandError for the first value that makes no sense."""
@@ -126,20 +75,93 @@ class TrainOptions:
             raise CommandError(
                 f"warmup_steps ({self.warmup_steps}) is larger than steps ({self.steps})", code=2
             )
-        if self.capacity is not None:
-            parse_capacity(self.capacity)
 
     @property
     def warmup(self) -> int:
         """Steps of warm-up, with the default filled in."""
         return min(1000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after the warm-up."""
+        return self.learning_rate
 
-FIELDS = {field.name: field for field in dataclasses.fields(TrainOptions)}
+
+@dataclass
+class TrainOptions(RunOptions):
+    """Every setting of `ling-ops train`. `None` means: what the preset says."""
+
+    preset: str = option("tiny", "model preset, such as tiny or small", group="model")
+    pattern: str | None = option(
+        None, "layer counts by turns, dense first, such as 2-4-2-4", group="model"
+    )
+    layers: int | None = option(
+        None, "layers in all; default: the sum of the pattern", group="model", minimum=1
+    )
+    gate: str | None = option(
+        None, "router score function", choices=("softmax", "sigmoid"), group="model"
+    )
+    experts: int | None = option(None, "experts per MoE layer", group="model", minimum=1)
+    experts_per_token: int | None = option(
+        None, "experts that a token is sent to", group="model", minimum=1
+    )
+    capacity: str | None = option(
+        None,
+        "dropless, fixed:FACTOR (fixed:1.25) or dynamic:DROP_RATE[:batch|:running] (dynamic:0.02)",
+        group="model",
+    )
+    reroute_rounds: int | None = option(
+        None, "rounds in which overflow may go to the next-best expert", group="model", minimum=0
+    )
+    balance_loss: float | None = option(
+        None, "coefficient of the load-balancing loss", group="losses", minimum=0.0
+    )
+    sequence_loss: float | None = option(
+        None, "coefficient of the sequence-wise balancing loss", group="losses", minimum=0.0
+    )
+    z_loss: float | None = option(
+        None, "coefficient of the router z-loss", group="losses", minimum=0.0
+    )
+    bias_rate: float | None = option(
+        None, "update rate of the loss-free expert bias (0: no bias)", group="losses", minimum=0.0
+    )
+    model: dict[str, Any] = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "help": "any other field of LingConfig", "group": "model", "nargs": "+",
+            "metavar": "NAME=VALUE",
+        },
+    )  # fmt: skip
+    expert_parallel: int = dataclasses.field(
+        default=1,
+        metadata={
+            "help": "processes of torchrun that share each layer's experts; without N: all",
+            "group": "run", "nargs": "?", "const": 0, "minimum": 0,
+        },
+    )  # fmt: skip
+    rank_timeout: int = option(
+        120, "seconds after which a process gives up waiting for another", group="run", minimum=1
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.capacity is not None:
+            parse_capacity(self.capacity)
+
+
+def settings_of(kind: type[RunOptions]) -> dict[str, dataclasses.Field]:
+    """The settings by name, those of the command's own first."""
+    own = kind.__annotations__
+    found = sorted(dataclasses.fields(kind), key=lambda field: field.name not in own)
+    return {field.name: field for field in found}
+
+
+FIELDS = settings_of(TrainOptions)
 # What may change when a run goes on; anything else would make it another run.
 CHANGEABLE = {
     "data", "steps", "device", "checkpoint_every", "keep", "validate_every",
     "validation_bytes", "log_every", "warmup_steps", "expert_parallel", "rank_timeout",
+    "checkpoint",
 }  # fmt: skip
 
 
@@ -157,7 +179,7 @@ def _check_value(field: dataclasses.Field, value: Any) -> None:
         return
     if "list" in kind:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise CommandError(f"{name} must be a list of paths", code=2)
+            raise CommandError(f"{name} must be a list of {meta['metavar'].lower()}s", code=2)
         return
     wanted = kind.split(" ")[0]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -209,8 +231,8 @@ def parse_model_fields(items: list[str]) -> dict[str, Any]:
     return fields
 
 
-def read_config_file(path: str) -> dict[str, Any]:
-    """The settings of a JSON or TOML file, each key checked against TrainOptions."""
+def read_config_file(path: str, fields: Iterable[str] = FIELDS) -> dict[str, Any]:
+    """The settings of a JSON or TOML file, each key checked against `fields`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -223,8 +245,8 @@ def read_config_file(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CommandError(f"config {path!r} must hold a table of settings", code=2)
     for key in values:
-        if key not in FIELDS:
-            near = difflib.get_close_matches(key, FIELDS, n=1)
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise CommandError(f"config {path!r} has an unknown setting {key!r}{hint}", code=2)
     if isinstance(values.get("data"), str):
@@ -251,9 +273,26 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "then leave their core to others, which is several times as fast.",
         argument_default=argparse.SUPPRESS,
     )
+    add_run_flags(add_settings(parser, FIELDS)["output"], folder="runs/<preset>")
+
+
+def add_run_flags(output: argparse._ArgumentGroup, *, folder: str) -> None:
+    """Add the flags that name a run's folder, its checkpoint and its config file."""
+    output.add_argument("--output", metavar="DIR", help=f"run folder (default: {folder})")
+    output.add_argument(
+        "--resume", nargs="?", const="", metavar="CHECKPOINT",
+        help="go on from a checkpoint (default: the latest of --output)",
+    )  # fmt: skip
+    output.add_argument("--config", metavar="FILE", help="JSON or TOML file with these settings")
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, fields: dict[str, dataclasses.Field]
+) -> dict[str, argparse._ArgumentGroup]:
+    """Add a flag for each of `fields`; returns the groups of flags by title."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     kinds = {"int": int, "float": float, "str": str}
-    for name, field in FIELDS.items():
+    for name, field in fields.items():
         title = field.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
         known = field.default not in (None, dataclasses.MISSING)
@@ -264,26 +303,23 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             extra["metavar"] = "N" if kind is int else "X"
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, help=field.metadata["help"] + default, **extra)
-    output = groups["output"]
-    output.add_argument("--output", metavar="DIR", help="run folder (default: runs/<preset>)")
-    output.add_argument(
-        "--resume", nargs="?", const="", metavar="CHECKPOINT",
-        help="go on from a checkpoint (default: the latest of --output)",
-    )  # fmt: skip
-    output.add_argument("--config", metavar="FILE", help="JSON or TOML file with these settings")
+    return groups
 
 
-def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def given_settings(arguments: argparse.Namespace, fields: Iterable[str] = FIELDS) -> dict[str, Any]:
     """The settings that were stated: the config file's, then the flags' on top."""
-    values = read_config_file(arguments.config) if "config" in arguments else {}
-    flags = {k: v for k, v in vars(arguments).items() if k in FIELDS}
+    values = read_config_file(arguments.config, fields) if "config" in arguments else {}
+    flags = {k: v for k, v in vars(arguments).items() if k in fields}
     if "model" in flags:
         flags["model"] = {**values.get("model", {}), **parse_model_fields(flags["model"])}
     return {**values, **flags}
 
 
-def merge(base: dict[str, Any], given: dict[str, Any], *, resuming: bool) -> TrainOptions:
-    """TrainOptions from `base` (a checkpoint's, or empty) with `given` on top, checked."""
+def merge(
+    base: dict[str, Any], given: dict[str, Any], *, resuming: bool,
+    kind: type[RunOptions] = TrainOptions,
+) -> RunOptions:  # fmt: skip
+    """Options from `base` (a checkpoint's, or empty) with `given` on top, checked."""
     if resuming:
         for key, value in given.items():
             if key not in CHANGEABLE and value != base.get(key):
@@ -293,7 +329,7 @@ def merge(base: dict[str, Any], given: dict[str, Any], *, resuming: bool) -> Tra
                     code=2,
                 )
     try:
-        options = TrainOptions(**{**base, **given})
+        options = kind(**{**base, **given})
     except TypeError as error:
         raise CommandError(f"the checkpoint's settings do not fit this version: {error}") from error
     options.check()

@@ -101,12 +101,12 @@ def load_bars(utilization: list[float]) -> str:
 class LiveProgress:
     """A panel that redraws in place: progress bar, loss, pace, and one row per MoE layer."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, title: str = "ling-ops train") -> None:
         from rich.console import Console
         from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn
 
-        self.steps = steps
+        self.steps, self.title = steps, title
         self._bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(None),
             TextColumn("{task.percentage:.0f}%  ETA {task.fields[eta]}"), expand=True,
@@ -149,7 +149,7 @@ class LiveProgress:
         parts: list[Any] = [self._bar]
         if self._event:
             parts += [Text(self._headline()), self._layers()]
-        return Panel(Group(*parts), title="ling-ops train", border_style="cyan")
+        return Panel(Group(*parts), title=self.title, border_style="cyan")
 
     def _headline(self) -> str:
         event = self._event
@@ -180,9 +180,9 @@ class LiveProgress:
         return table
 
 
-def open_progress(steps: int) -> PlainProgress | LiveProgress:
+def open_progress(steps: int, title: str = "ling-ops train") -> PlainProgress | LiveProgress:
     """The live panel when stdout is a terminal, plain lines otherwise."""
     with contextlib.suppress(AttributeError, ValueError):
         if sys.stdout.isatty():
-            return LiveProgress(steps)
+            return LiveProgress(steps, title)
     return PlainProgress(steps)

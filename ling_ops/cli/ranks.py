@@ -159,6 +159,9 @@ def open_ranks(options: TrainOptions, device: torch.device) -> Iterator[Ranks]:
     )
     try:
         yield TorchrunRanks(options.expert_parallel, device)
+        # Gloo's threads let go of an exchange's tensors after it returned; one that does so while
+        # the interpreter ends aborts the process.
+        distributed.barrier()
     except distributed.DistError as error:
         raise _lost(error) from error
     except RuntimeError as error:

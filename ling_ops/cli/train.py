@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ling_ops.cli import checkpoint as checkpoints
-from ling_ops.cli.data import TextData, load_text
-from ling_ops.cli.errors import CommandError, describe_os_error, require_extra
+from ling_ops.cli.data import load_text
+from ling_ops.cli.errors import require_extra
 from ling_ops.cli.modeling import (
     build_model,
     check_memory,
@@ -24,9 +21,17 @@ from ling_ops.cli.modeling import (
 )
 from ling_ops.cli.options import TrainOptions, given_settings, merge
 from ling_ops.cli.ranks import Ranks, local_device, open_ranks, seed_of
+from ling_ops.cli.runs import (
+    check_steps,
+    checkpoint_to_resume,
+    draw,
+    introduce_resumed,
+    introduce_text,
+    output_folder,
+    run_and_record,
+    say_stopped,
+)
 from ling_ops.models import LingForCausalLM
-
-GROUPS = ("model", "optimizer", "rng")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,12 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, stop: Any) -> int:
     started = time.monotonic()
     given = given_settings(arguments)
-    found = _checkpoint_to_resume(arguments)
+    found = checkpoint_to_resume(arguments, "train")
     options = merge(found.state["settings"] if found else {}, given, resuming=found is not None)
-    if found and options.steps < found.state["step"]:
-        raise CommandError(
-            f"the checkpoint is at step {found.state['step']}, past steps ({options.steps})", code=2
-        )
+    check_steps(options, found)
     device = pick_device(local_device(options.device))
     with open_ranks(options, device) as ranks:
         return _train(arguments, stop, options, found, device, ranks, started)
@@ -62,7 +64,7 @@ def _train(
     config = saved_config(found.state) if found else new_config(options)
     check_memory(config, device, dtype)
     text = load_text(options.data, sequence_length=options.sequence_length)
-    output = ranks.of_main(lambda: _output_folder(arguments, options, found))
+    output = ranks.of_main(lambda: output_folder(arguments, options.preset, found))
     torch.manual_seed(options.seed)
     model = build_model(config, device, dtype, found.tensors["model"] if found else None)
     trainer = Trainer(model, options, text, output, device, ranks)
@@ -73,8 +75,8 @@ def _train(
     if not ranks.is_main:
         trainer.run(_Silent(), _Silent(), stop)
         return 0
-    _introduce(trainer, text, dtype, found)
-    _run_and_record(trainer, stop)
+    _introduce(trainer, dtype, found)
+    run_and_record(trainer, stop)
     return _conclude(trainer, stop, time.monotonic() - started)
 
 
@@ -88,76 +90,14 @@ class _Silent:
     def validation(self, event: dict[str, Any]) -> None: ...
 
 
-def _run_and_record(trainer: Any, stop: Any) -> None:
-    from ling_ops.cli.metrics import MetricsWriter
-    from ling_ops.cli.progress import open_progress
-
-    output = trainer.output
-    progress = open_progress(trainer.options.steps)
-    with _writing(output), contextlib.ExitStack() as stack:
-        output.mkdir(parents=True, exist_ok=True)
-        metrics = MetricsWriter(output, after_step=trainer.step)
-        stack.callback(metrics.close)
-        stack.enter_context(progress)
-        trainer.run(metrics, progress, stop)
-
-
-@contextlib.contextmanager
-def _writing(output: Path):
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise describe_os_error(error, f"writing to {str(output)!r}") from error
-
-
-def _checkpoint_to_resume(arguments: argparse.Namespace) -> checkpoints.Checkpoint | None:
-    if "resume" not in arguments:
-        return None
-    if not arguments.resume and "output" not in arguments:
-        raise CommandError("--resume needs a checkpoint, or --output with one in it", code=2)
-    folder = checkpoints.find_checkpoint(arguments.resume or arguments.output)
-    return checkpoints.load_checkpoint(folder, groups=GROUPS)
-
-
-def _output_folder(
-    arguments: argparse.Namespace, options: TrainOptions, found: checkpoints.Checkpoint | None
-) -> Path:
-    if "output" in arguments:
-        output = Path(arguments.output)
-        home = checkpoints.run_folder_of(found.folder) if found else None
-        same = home is not None and home == output.resolve()
-        if checkpoints.has_checkpoint(output) and not same:
-            raise CommandError(
-                f"{str(output)!r} already holds a run: add --resume to go on with it, or choose "
-                "another --output"
-            )
-        return output
-    if found:
-        home = checkpoints.run_folder_of(found.folder)
-        if home is None:
-            raise CommandError("name a run folder with --output", code=2)
-        return home
-    number, output = 1, Path("runs", options.preset)
-    while output.exists():
-        number += 1
-        output = Path("runs", f"{options.preset}-{number}")
-    return output
-
-
-def _introduce(trainer: Any, text: TextData, dtype: torch.dtype, found: Any) -> None:
+def _introduce(trainer: Any, dtype: torch.dtype, found: checkpoints.Checkpoint | None) -> None:
     config, ranks = trainer.model.config, trainer.ranks
     count = LingForCausalLM(config, device="meta").count_parameters()
     print(
         f"model: {trainer.options.preset}, {count.total:,} parameters, {count.active:,} active per "
         f"byte; {config.num_layers} layers, MoE in {_ranges(trainer.model)}"
     )
-    print(
-        f"text: {text.files} files of {text.description}, {text.train.numel():,} bytes to train "
-        f"on, {text.validation.numel():,} held out ({text.split})"
-    )
-    print(f"baseline: {trainer.baseline:.3f} bits/byte (order-0 entropy of the validation bytes)")
+    introduce_text(trainer.text, trainer.baseline)
     print(
         f"run: {trainer.options.steps} steps on {trainer.device} in "
         f"{str(dtype).removeprefix('torch.')}, into {trainer.output}",
@@ -166,13 +106,7 @@ def _introduce(trainer: Any, text: TextData, dtype: torch.dtype, found: Any) -> 
     if ranks.size > 1:
         print(f"ranks: {ranks.describe()}", flush=True)
     if found:
-        print(f"resumed from {found.folder} at step {trainer.step}", flush=True)
-        if found.state.get("data") != text.fingerprint:
-            print(
-                "ling-ops: warning: the data differ from the checkpoint's: this continues the "
-                "model, not the same run",
-                file=sys.stderr,
-            )
+        introduce_resumed(trainer, found)
 
 
 def _ranges(model: Any) -> str:
@@ -187,25 +121,11 @@ def _ranges(model: Any) -> str:
 
 
 def _conclude(trainer: Any, stop: Any, seconds: float) -> int:
-    from ling_ops.cli.metrics import read_metrics
-    from ling_ops.cli.plot import draw_run
     from ling_ops.cli.progress import clock
 
-    picture = trainer.output / "training.png"
-    reached = f"{trainer.options.preset} after {trainer.step} steps"
-    if trainer.last_validation is not None:
-        reached += (
-            f": {trainer.last_validation['bits_per_byte']:.2f} bits per byte of held-out text"
-        )
-    with _writing(trainer.output):
-        draw_run(read_metrics(trainer.output / "metrics.jsonl"), picture, title=reached)
-    print(f"wrote {picture}, metrics.jsonl, tensorboard/ and checkpoints/ in {trainer.output}")
+    draw(trainer, trainer.options.preset)
     if trainer.stopped:
-        by = stop.signal.name if stop.signal is not None else "another process"
-        print(
-            f"stopped by {by} after step {trainer.step}, which is saved; go on with "
-            f"ling-ops train --resume --output {trainer.output}"
-        )
+        say_stopped(trainer, stop)
         return 0
     final = trainer.last_validation["bits_per_byte"]
     print(

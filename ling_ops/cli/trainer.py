@@ -16,7 +16,7 @@ from ling_ops.cli.data import BatchOrder, TextData, order0_entropy, validation_w
 from ling_ops.cli.errors import CommandError
 from ling_ops.cli.metrics import MetricsWriter, layer_metrics
 from ling_ops.cli.optimizer import Optimizer, learning_rate_at
-from ling_ops.cli.options import TrainOptions
+from ling_ops.cli.options import RunOptions
 from ling_ops.cli.progress import Eta
 from ling_ops.cli.ranks import Ranks, seed_of
 from ling_ops.nn import accumulate_expert_counts, set_router_loss_scale
@@ -51,8 +51,10 @@ class StopRequest:
 class Trainer:
     """One run: a model, its optimizer, its text, and the folder that it writes to."""
 
+    command = "train"
+
     def __init__(
-        self, model: Any, options: TrainOptions, text: TextData, output: Path,
+        self, model: Any, options: RunOptions, text: TextData, output: Path,
         device: torch.device, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.ranks = Ranks() if ranks is None else ranks
@@ -68,7 +70,9 @@ class Trainer:
             text.validation, sequence_length=options.sequence_length,
             limit=options.validation_bytes,
         )  # fmt: skip
-        self.baseline = order0_entropy(self.held_out)
+        #: a token's nats become bits of the bytes that it stands for
+        self.nats_per_bit = NATS_PER_BIT * text.bytes_per_token
+        self.baseline = order0_entropy(self.held_out) / text.bytes_per_token
         self.step = 0
         self.elapsed = 0.0
         self.saved_step: int | None = None
@@ -100,6 +104,19 @@ class Trainer:
         self.step = self.saved_step = checkpoint.state["step"]
         self.elapsed = float(checkpoint.state.get("elapsed_s", 0.0))
 
+    def model_tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of the model."""
+        return self.model.state_dict()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides tensors."""
+        return {
+            "command": self.command, "settings": vars(self.options),
+            "model": self.model.config.to_dict(), "data": self.text.fingerprint,
+            "elapsed_s": round(self.elapsed, 3), "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }  # fmt: skip
+
     def save(self) -> None:
         """Write a checkpoint of the present step (never of values that are not finite)."""
         self._check_finite()
@@ -107,20 +124,15 @@ class Trainer:
         rng = {f"cpu.{rank}" if rank else "cpu": state for rank, state in enumerate(states)}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {
-            "settings": vars(self.options), "model": self.model.config.to_dict(),
-            "data": self.text.fingerprint, "elapsed_s": round(self.elapsed, 3),
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
-        }  # fmt: skip
         tensors = {
-            "model": self.ranks.gather(self.model, self.model.state_dict()),
+            "model": self.ranks.gather(self.model, self.model_tensors()),
             "optimizer": self.ranks.gather(self.model, self.optimizer.state_tensors()),
             "rng": rng,
         }
         self.saved_step = self.step
         if self.ranks.is_main:
             save_checkpoint(
-                self.output / "checkpoints", step=self.step, state=state, tensors=tensors,
+                self.output / "checkpoints", step=self.step, state=self.state(), tensors=tensors,
                 keep=self.options.keep,
             )  # fmt: skip
 
@@ -144,7 +156,7 @@ class Trainer:
                 mean, now = (loss_sum / since).item(), time.monotonic()
                 event = {
                     "event": "train", "step": self.step, "loss": mean,
-                    "bits_per_byte": mean / NATS_PER_BIT, "learning_rate": rate,
+                    "bits_per_byte": mean / self.nats_per_bit, "learning_rate": rate,
                     "gradient_norm": float(self._last_norm),
                     "tokens_per_s": tokens_per_step * since / (now - mark),
                     "elapsed_s": self.elapsed + now - mark, "layers": layer_metrics(self.model),
@@ -170,11 +182,15 @@ class Trainer:
             self.stopped = bool(self.ranks.total(torch.tensor(float(self.stopped))))
         return self.stopped
 
+    def update_expert_biases(self) -> None:
+        """What follows each optimizer step."""
+        self.model.update_expert_biases()
+
     def _learning_rate(self) -> float:
         options = self.options
         return learning_rate_at(
             self.step + 1, steps=options.steps, warmup=options.warmup,
-            peak=options.learning_rate, final=options.final_learning_rate,
+            peak=options.peak_learning_rate, final=options.final_learning_rate,
         )  # fmt: skip
 
     def _train_step(self, rate: float) -> torch.Tensor:
@@ -191,7 +207,7 @@ class Trainer:
         clipper = self.ranks.clipper(self.model)
         self._last_loss = total
         self._last_norm = self.optimizer.step(rate, self.options.clip, clipper)
-        self.model.update_expert_biases()
+        self.update_expert_biases()
         self.step += 1
         return total
 
@@ -219,7 +235,7 @@ class Trainer:
             losses.append(loss.double() * len(part))
         mean = float(self.ranks.total(torch.stack(losses).sum())) / self.held_out.shape[0]
         event = {
-            "event": "validation", "step": self.step, "bits_per_byte": mean / NATS_PER_BIT,
+            "event": "validation", "step": self.step, "bits_per_byte": mean / self.nats_per_bit,
             "order0_bits_per_byte": self.baseline,
         }  # fmt: skip
         metrics.write(event)

@@ -6,6 +6,7 @@ from .cache import KVCache
 from .config import LingConfig
 from .ling import LingForCausalLM, LingOutput, ParameterCount, next_token_loss
 from .presets import PRESETS
+from .pruning import expert_importance, prune_experts
 from .published import CheckpointError
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "LingForCausalLM",
     "LingOutput",
     "ParameterCount",
+    "expert_importance",
     "next_token_loss",
+    "prune_experts",
 ]
