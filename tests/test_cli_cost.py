@@ -2,34 +2,109 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
+import sys
 
 import pytest
 
-from ling_ops.cli import main
+from ling_ops.cli import cost_tables, main
+
+
+def _facts(capsys, *arguments: str) -> dict:
+    assert main(["cost", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
 def test_json_has_the_published_parameters(capsys):
-    assert main(["cost", "ling-mini-2.0", "--json", "--gpus", "8"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = _facts(capsys, "ling-mini-2.0", "--gpus", "8")
     assert facts["parameters"]["total"] == pytest.approx(16.256e9, rel=1e-4)
-    assert facts["training"]["gpus"] == 8 and facts["training"]["gpu_usd"] == 0
+    assert facts["training_layout"]["gpus"] == 8 and facts["training"]["gpu_usd"] == 0
+    assert facts["training_memory_per_gpu"]["peak_gb"] < 80
+
+
+def test_degrees_and_prices_are_used(capsys):
+    facts = _facts(
+        capsys, "ling-flash-2.0", "--data-parallel", "16", "--tensor-parallel", "2",
+        "--expert-parallel", "8", "--usd-per-gpu-hour", "2", "--gpu", "h200", "--shard", "full",
+        "--serve-dtype", "fp8",
+    )  # fmt: skip
+    layout = facts["training_layout"]
+    assert (layout["gpus"], layout["data"], layout["tensor"], layout["expert"]) == (32, 16, 2, 8)
+    assert facts["training"]["gpu_usd"] == pytest.approx(2 * facts["training"]["gpu_hours"])
+    assert facts["prefill_floor"]["usd_per_million_tokens"] > 0
+    assert facts["decoding_floor"]["usd_per_million_tokens"] > 0
+
+
+def test_one_half_alone(capsys):
+    serving = _facts(capsys, "ling-mini-2.0", "--only", "serving", "--gpus", "1")
+    assert "training" not in serving and serving["serving_layout"]["gpus"] == 1
+    assert "decoding_floor" not in _facts(capsys, "tiny", "--only", "training")
+
+
+def test_memory_is_told_by_dtype_and_by_layout(capsys):
+    facts = _facts(capsys, "ling-mini-2.0", "--gpus", "8", "--layouts")
+    fp32, bf16, fp8 = facts["memory_by_dtype"]
+    assert fp32["weight_gb"] == 2 * bf16["weight_gb"] > 2 * fp8["weight_gb"]
+    assert fp32["activation_gb"] > bf16["activation_gb"] > 0 and "activation_gb" not in fp8
+    rows = facts["training_layouts"]
+    assert next(row for row in rows if row["tensor"] == 2 and row["expert"] == 4)["data"] == 4
+    assert all(row["data"] * row["tensor"] == 8 for row in rows + facts["serving_layouts"])
+    assert main(["cost", "ling-mini-2.0", "--gpus", "8", "--layouts"]) == 0
+    assert "yes" in capsys.readouterr().out
 
 
 def test_article_table_marks_the_electricity(capsys):
     assert main(["cost", "--article"]) == 0
     rows = capsys.readouterr().out.splitlines()
-    row = next(line for line in rows if "electricity" in line)
-    assert "6.451" in row and row.endswith("no")
+    row = next(line for line in rows if line.strip().startswith("electricity"))
+    assert "6.451" in row and "does not follow" in row
+
+
+def test_a_terminal_gets_rich_tables_and_plain_ones_without_rich(monkeypatch):
+    pytest.importorskip("rich")
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def shown() -> str:
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stdout", screen)
+        cost_tables.show({"memory_per_gpu": {"weight_gb": 1.5}})
+        return screen.getvalue()
+
+    assert "│" in shown()
+    kept = builtins.__import__
+
+    def without_rich(name, *arguments, **options):
+        if name.split(".")[0] == "rich":
+            raise ImportError(name)
+        return kept(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    text = shown()
+    assert "│" not in text and "weight_gb" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [(["--usd-per-gpu-hour", "-1"], "usd_per_gpu_hour"), (["--gpu", "x"], "gpu"),
+     (["--usd-per-kwh", "-1"], "usd_per_kwh"), (["--tokens", "-5"], "tokens"),
+     (["--tokens", "nan"], "tokens"), (["--mfu", "0"], "mfu"), (["--mfu", "1.2"], "mfu"),
      (["--gpus", "1"], "at least"), (["--gpus", "-2"], "gpus"), (["--gpus", "0"], "gpus"),
-     (["--context", "0"], "context"),
+     (["--context", "0"], "context"), (["--batch-size", "0"], "batch_size"),
+     (["--sequence-length", "-1"], "sequence_length"), (["--micro-batch-size", "0"], "batch_size"),
      (["--model", "num_experts_per_token=300"], "num_experts_per_token"),
-     (["--memory-gb", "-1"], "memory_gb")],
+     (["--memory-gb", "-1"], "memory_gb"), (["--shard", "half"], "shard"),
+     (["--tensor-parallel", "3"], "num_heads=16"), (["--expert-parallel", "7"], "num_experts=256"),
+     (["--data-parallel", "0"], "data_parallel"),
+     (["--data-parallel", "4", "--gpus", "5"], "data_parallel x tensor_parallel = 4"),
+     (["--data-parallel", "4", "--expert-parallel", "8"], "expert_parallel"),
+     (["--dtype", "int1"], "dtype"), (["--serve-dtype", "int1"], "dtype"),
+     (["--gpu", "a100", "--dtype", "fp8"], "no fp8"), (["--sequence-length", "9999999"], "not fit"),
+     (["--only", "serving", "--gpus", "1", "--memory-gb", "24"], "at least")],
 )  # fmt: skip
 def test_nonsense_is_one_line(capsys, arguments, word):
     assert main(["cost", "ling-mini-2.0", *arguments]) == 2

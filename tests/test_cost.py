@@ -1,4 +1,4 @@
-"""`ling_ops.cost`: counts, floors, money, and what the article's figures come to."""
+"""`ling_ops.cost`: counts, floors, and money."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ FLOORS = [
     ((8192, 4096, 1024, 256, 8), 7.92), ((24576, 1536, 256, 128, 8), 2.32),
     ((32768, 4096, 512, 128, 8), 14.14), ((32768, 4096, 14336, 8, 2), 88.2),
 ]  # fmt: skip
+MINI = LingConfig.preset("ling-mini-2.0")
+H100 = cost.get_gpu("h100")
+SHARDED = cost.Layout(data=64, shard="full")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -30,44 +33,86 @@ def test_layer_times_are_the_recorded_floors(shape, floor):
     )
 
 
-def test_the_article_contradicts_itself_where_it_does():
-    wrong = {claim.figure for claim in cost.article_claims() if not claim.follows}
-    right = {claim.figure for claim in cost.article_claims() if claim.follows}
-    assert {"electricity", "training FLOP", "gain over dense",
-            "parameters active", "total parameters",
-            "memory of 10T parameters", "one-time cost"} <= wrong  # fmt: skip
-    assert {"GPU depreciation", "experts active", "staff", "customer service"} <= right
-
-
 def test_training_time_by_hand():
-    config, gpu = LingConfig.preset("ling-mini-2.0"), cost.get_gpu("h100")
     run = cost.training_cost(
-        config, 1e12, gpu, num_gpus=64, mfu=0.5, usd_per_gpu_hour=2.0, usd_per_kwh=0.1
+        MINI, 1e12, H100, layout=SHARDED, mfu=0.5, usd_per_gpu_hour=2.0, usd_per_kwh=0.1
     )
-    flop = 1e12 * cost.flop_per_token(config, 4096, 4096).train_flop
+    flop = 1e12 * cost.flop_per_token(MINI, 4096, 4096).train_flop
     assert run.seconds == pytest.approx(flop / (64 * 989e12 * 0.5))
     assert run.gpu_usd == pytest.approx(2 * run.gpu_hours)
     assert run.energy_usd == pytest.approx(0.07 * run.gpu_hours)
+    assert run.tokens_per_s == pytest.approx(1e12 / run.seconds)
+
+
+def test_fp8_trains_at_its_own_peak():
+    bf16, fp8 = (
+        cost.training_cost(MINI, 1e12, H100, layout=SHARDED, mfu=0.4, dtype=dtype)
+        for dtype in ("bf16", "fp8")
+    )
+    assert bf16.seconds / fp8.seconds == pytest.approx(1979 / 989)
 
 
 def test_one_sequence_decodes_at_memory_speed():
-    config, gpu = LingConfig.preset("ling-mini-2.0"), cost.get_gpu("h100-measured")
-    count = cost.parameters(config)
-    streamed = 2 * (count.active - count.embedding) + cost.kv_cache_bytes(config, 1)
-    found = cost.decoding_cost(config, gpu, num_gpus=1, batch_size=1, context=1)
+    gpu = cost.get_gpu("h100-measured")
+    count = cost.parameters(MINI)
+    streamed = 2 * (count.active - count.embedding) + cost.kv_cache_bytes(MINI, 1)
+    found = cost.decoding_cost(MINI, gpu, cost.Load(1, 1), usd_per_gpu_hour=3.0)
     assert found.step_ms == pytest.approx(1e3 * streamed / 3.0e12)
+    assert found.bound == "bytes"
+    assert found.usd_per_million_tokens == pytest.approx(3.0 / 3600 * found.step_ms * 1e3)
+
+
+def test_a_long_prompt_is_read_at_the_rate_of_products():
+    found = cost.prefill_cost(MINI, H100, cost.Load(4, 8192))
+    flop = 4 * 8192 * cost.flop_per_token(MINI, 8192, 8192).prefill_flop
+    assert found.step_ms == pytest.approx(1e3 * flop / 989e12)
+    assert found.bound == "flop"
+
+
+def test_one_token_of_a_prompt_is_read_at_memory_speed():
+    assert cost.prefill_cost(MINI, H100, cost.Load(1, 1)).bound == "bytes"
+
+
+def test_fp8_weights_are_a_byte_but_for_what_stays_bf16():
+    count = cost.parameters(MINI)
+    kept = count.embedding + count.head + count.norms + count.routers
+    size = 2 * kept + (count.total - kept) * (1 + 4 / 128**2)
+    assert cost.weight_bytes(MINI, "fp8") == pytest.approx(size, abs=1)
+    slow, fast = (
+        cost.decoding_cost(MINI, H100, cost.Load(8, 1024, dtype)) for dtype in ("bf16", "fp8")
+    )
+    assert 1.5 < slow.step_ms / fast.step_ms < 2
 
 
 @pytest.mark.parametrize(
     ("changes", "word"),
     [({"usd_per_gpu_hour": -1}, "usd_per_gpu_hour"), ({"mfu": 1.5}, "mfu"), ({"mfu": 0}, "mfu"),
-     ({"num_gpus": 1}, "need at least"), ({"usd_per_kwh": float("nan")}, "usd_per_kwh")],
+     ({"layout": cost.Layout()}, "80 GB of"), ({"usd_per_kwh": float("nan")}, "usd_per_kwh"),
+     ({"tokens": -1e9}, "tokens"), ({"tokens": 0}, "tokens"), ({"dtype": "fp32"}, "dtype"),
+     ({"sequence_length": 0}, "sequence_length"), ({"micro_batches": 0}, "micro_batches"),
+     ({"batch_size": 10**6}, "80 GB of")],
 )  # fmt: skip
 def test_nonsense_is_an_error(changes, word):
-    arguments = {"num_gpus": 64, "mfu": 0.4} | changes
-    config, gpu = LingConfig.preset("ling-mini-2.0"), cost.get_gpu("h100")
+    arguments = {"tokens": 1e9, "layout": SHARDED, "mfu": 0.4} | changes
     with pytest.raises(cost.CostError, match=word):
-        cost.training_cost(config, 1e9, gpu, **arguments)
+        cost.training_cost(MINI, gpu=H100, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("load", "word"),
+    [((0, 1), "batch_size"), ((1, 0), "context"), ((1, 1, "int3"), "dtype"),
+     ((1, 1, "bf16", "int3"), "kv_dtype")],
+)  # fmt: skip
+def test_a_load_without_sense_is_an_error(load, word):
+    with pytest.raises(cost.CostError, match=word):
+        cost.Load(*load)
+
+
+def test_a_model_that_does_not_fit_has_no_price():
+    big = LingConfig.preset("ling-1t")
+    for price in (cost.decoding_cost, cost.prefill_cost):
+        with pytest.raises(cost.CostError, match="need at most the 80 GB"):
+            price(big, H100, cost.Load(1, 1))
 
 
 def test_a_gpu_of_ones_own():
@@ -76,3 +121,9 @@ def test_a_gpu_of_ones_own():
         cost.get_gpu("h100", power_w=-1)
     with pytest.raises(cost.CostError, match="gpu: got 'x'"):
         cost.get_gpu("x")
+    with pytest.raises(cost.CostError, match="no fp8"):
+        cost.get_gpu("a100").rate_flop_per_s("fp8")
+
+
+def test_every_gpu_has_a_source():
+    assert all(gpu.source for gpu in cost.gpus().values())

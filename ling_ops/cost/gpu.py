@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-FIGURES = ("bf16_tflops", "memory_gb", "memory_tb_per_s", "power_w")
+FIGURES = ("bf16_tflops", "fp8_tflops", "memory_gb", "memory_tb_per_s", "power_w")
 
 
 class CostError(ValueError):
@@ -23,12 +23,30 @@ def need(name: str, value: float, *, least: float = 0.0, above: bool = True) -> 
     return value
 
 
+def need_integer(name: str, value: int, least: int = 1) -> int:
+    """`value` if it is an int of at least `least`; CostError otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise CostError(f"{name}: got {value!r}, need an int of at least {least}")
+    return value
+
+
+def need_share(name: str, value: float) -> float:
+    """`value` if it lies in (0, 1]; CostError otherwise."""
+    if need(name, value) > 1:
+        raise CostError(f"{name}: got {value}, need a number above 0 and at most 1")
+    return value
+
+
 @dataclass(frozen=True)
 class GPU:
-    """Dense bf16 rate, memory (10^9 bytes), memory bandwidth and power of one GPU."""
+    """Dense rates, memory (10^9 bytes), memory bandwidth and power of one GPU.
+
+    `fp8_tflops` is None where the tensor cores have no fp8.
+    """
 
     name: str
     bf16_tflops: float
+    fp8_tflops: float | None
     memory_gb: float
     memory_tb_per_s: float
     power_w: float
@@ -36,11 +54,23 @@ class GPU:
 
     def __post_init__(self) -> None:
         for figure in FIGURES:
-            need(figure, getattr(self, figure))
+            value = getattr(self, figure)
+            if figure != "fp8_tflops" or value is not None:
+                need(figure, value)
 
     @property
     def flop_per_s(self) -> float:
         return self.bf16_tflops * 1e12
+
+    def rate_flop_per_s(self, dtype: str) -> float:
+        """Peak of products in "bf16", "fp16" or "fp8"; CostError where this GPU has none."""
+        if dtype in ("bf16", "fp16"):
+            return self.flop_per_s
+        if dtype != "fp8":
+            raise CostError(f"dtype: got {dtype!r}, need one of bf16, fp16, fp8")
+        if self.fp8_tflops is None:
+            raise CostError(f"dtype: got 'fp8', need bf16: {self.name} has no fp8 products")
+        return self.fp8_tflops * 1e12
 
     @property
     def bytes_per_s(self) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ling_ops.models import LingConfig
 from ling_ops.nn._common import is_gated
 
-from .gpu import GPU
+from .gpu import GPU, need_integer
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Parameters:
         return self.total - self.idle_experts
 
 
-def _mlp(config: LingConfig, width: int) -> int:
+def mlp_parameters(config: LingConfig, width: int) -> int:
+    """Parameters of one feed-forward of inner width `width`."""
     matrices = 3 if is_gated(config.activation) else 2
     biases = (matrices - 1) * width + config.hidden_size if config.mlp_bias else 0
     return matrices * width * config.hidden_size + biases
@@ -45,10 +46,10 @@ def parameters(config: LingConfig) -> Parameters:
     """Counts what `LingForCausalLM.count_parameters` counts, part by part, without a model."""
     hidden, layers, moe = config.hidden_size, config.num_layers, config.layer_types.count("moe")
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    expert = _mlp(config, config.moe_intermediate_size)
+    expert = mlp_parameters(config, config.moe_intermediate_size)
     shared = 0
     if config.num_shared_experts:
-        shared = _mlp(config, config.num_shared_experts * config.moe_intermediate_size)
+        shared = mlp_parameters(config, config.num_shared_experts * config.moe_intermediate_size)
     norms = 2 * hidden + (2 * config.head_dim if config.use_qk_norm else 0)
     router = config.num_experts * (hidden + config.router_bias)
     return Parameters(
@@ -56,7 +57,7 @@ def parameters(config: LingConfig) -> Parameters:
         head=config.vocab_size * hidden,
         attention=layers * heads * hidden,
         norms=layers * norms + hidden,
-        dense_mlp=(layers - moe) * _mlp(config, config.intermediate_size),
+        dense_mlp=(layers - moe) * mlp_parameters(config, config.intermediate_size),
         routers=moe * router,
         routed_experts=moe * config.num_experts * expert,
         shared_experts=moe * shared,
@@ -79,6 +80,8 @@ def flop_per_token(config: LingConfig, sequence_length: int, context: int) -> To
     The embedding is a look-up; norms, biases and the softmax are left out.
     """
     count = parameters(config)
+    need_integer("sequence_length", sequence_length)
+    need_integer("context", context)
     body = 2.0 * (count.active - count.embedding - count.head - count.norms)
     head = 2.0 * count.head
     attended = 4.0 * config.num_heads * config.head_dim * config.num_layers
