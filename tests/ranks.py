@@ -44,6 +44,7 @@ def _process(rank: int, ranks: int, module: str, folder: str, backend: str) -> N
         failed = failed.cuda() if backend == "nccl" else failed
         distributed.all_reduce(failed, op=distributed.ReduceOp.MIN)
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(results))
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
