@@ -37,6 +37,8 @@ SCRIPTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gemm": ("bench_gemm.py", ("gemm", "grouped_mm")),
     "moe_train": ("bench_moe_train.py", ("moe_train",)),
     "moe_infer": ("bench_moe_infer.py", ("moe_infer",)),
+    "lora": ("bench_lora.py", ("lora",)),
+    "generate": ("bench_generate.py", ("generate",)),
 }
 Record = dict[str, Any]
 

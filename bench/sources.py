@@ -12,17 +12,20 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOTS = ("csrc", "CMakeLists.txt", "ling_ops/ops", "ling_ops/reference", "ling_ops/nn")
+ROOTS = ("csrc", "CMakeLists.txt", "ling_ops/ops", "ling_ops/reference", "ling_ops/nn",
+         "ling_ops/models")  # fmt: skip
 #: Without git, files of these kinds under the roots are taken for the tracked ones.
 SUFFIXES = {".cu", ".cuh", ".h", ".hpp", ".cpp", ".py", ".txt", ".cmake"}
 
 AREAS: dict[str, tuple[str, ...]] = {
+    "lora": ("*lora*", "*/add_activate.*"),
     "gate": ("csrc/gate/*", "*/gate.h", "*/gate.py"),
     "route": ("csrc/route/*", "*/route.h", "*/capacity.h", "*/route.py"),
     "permute": ("csrc/combine/*", "*/permute.h", "*/permute.py"),
     "gemm": ("csrc/gemm/*", "*/gemm.h", "*/gemm.py", "*/_autocast.py"),
     "decode": ("csrc/decode/*", "*/decode.h", "*/_decode.py"),
     "mlp": ("*/moe_mlp.py", "*/_fused_mlp.py", "*/activation.py"),
+    "models": ("ling_ops/models/*",),
     "other": ("ling_ops/nn/*", "*/capacity.py", "*/losses.py", "*/gate_losses.py", "*/stats.py"),
 }
 PARTS: dict[str, tuple[str, ...]] = {
@@ -33,6 +36,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "gemm": ("gemm",),
     "moe_train": ("gate", "route", "permute", "gemm", "mlp", "other"),
     "moe_infer": ("route", "permute", "gemm", "mlp", "decode"),
+    "lora": ("gate", "route", "permute", "gemm", "mlp", "lora"),
+    "generate": ("gate", "route", "permute", "gemm", "mlp", "decode", "other", "models"),
 }
 
 

@@ -21,7 +21,8 @@ from shapes import INFERENCE, TRAINING, Layer
 from verdicts import geometric_mean, ratios
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/kernels.md")
+sys.path.insert(0, str(ROOT))
+PAGES = ("README.md", "docs/kernels.md", "docs/finetuning.md", "docs/study.md")
 MARK = re.compile(
     r"(?<=^<!-- table )(\w+)( -->\n)(.*?)(?=^<!-- end -->$)", re.MULTILINE | re.DOTALL
 )
@@ -164,8 +165,78 @@ def products(record: Record) -> str:
     return table(["product", "TFLOP/s", "speed over torch", "speed over dense cuBLAS"], lines)
 
 
+LORA = {
+    "frozen layer, no adapters": "frozen",
+    "`add_lora`": "ling_ops",
+    "PEFT's `target_parameters`": "peft",
+    "W + s B A for all experts, torch": "folded",
+    "W + s B A for all experts, ling_ops": "folded on ling_ops",
+}
+
+
+def lora(record: Record) -> str:
+    """Each path's time and memory, and what its memory is above the frozen layer's."""
+    lines = []
+    for tokens in sorted({row.T for row in record.rows if row.bench == "lora"}, reverse=True):
+        frozen = record.find("lora", "fwd_bwd", "frozen", T=tokens)
+        for label, provider in LORA.items():
+            row = record.find("lora", "fwd_bwd", provider, T=tokens)
+            if row is not None:
+                extra = row.peak_gib - frozen.peak_gib
+                above = "" if row is frozen else f"{extra:.3f}"
+                times = [digits(row.ms), f"{row.peak_gib:.2f}", above]
+                lines.append([str(tokens), label, *times])
+    return table(["tokens", "path", "ms", "peak GiB", "above the frozen layer"], lines)
+
+
+def generate(record: Record) -> str:
+    """Tokens per second; a decode row's T is the number of sequences, each with one new token."""
+    lines = []
+    for row in (r for r in record.rows if (r.bench, r.provider) == ("generate", "ling_ops")):
+        sizes = {"T": row.T}
+        peer = record.find("generate", row.what, "transformers", **sizes)
+        many = "sequence" if row.T == 1 else "sequences"
+        label = f"a prompt of {row.T} tokens" if row.what == "prefill" else f"{row.T} {many}"
+        rates = [1e3 * row.T / ms for ms in (row.ms, row.floor_ms)]
+        theirs = f"{1e3 * row.T / peer.ms:,.0f}" if peer else ""
+        lines.append([label, f"**{rates[0]:,.0f}**", theirs, f"{rates[1]:,.0f}"])
+    return table(["work", "ling_ops tokens/s", "transformers", "floor"], lines)
+
+
+STUDIES = ("balance", "hierarchy", "capacity", "sparsity", "prune")
+PLACES = ("cpu", "h100")
+
+
+def study(place: str, name: str) -> str:
+    """Tables and verdict of a study's file; a line where there is none yet."""
+    from ling_ops.cli.study.report import Table
+
+    path = ROOT / "bench" / "results" / "studies" / place / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet.\n"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    parts = []
+    for found in values["tables"]:
+        words = Table(found["title"], found["rows"]).words()
+        rows = [list(line.values()) for line in words]
+        parts.append(f"{found['title']}:\n\n{table(list(words[0]), rows)}")
+    held, text = values["verdict"]["held"], values["verdict"]["text"]
+    parts.append(f"{'Held' if held else 'Did not hold'}. {text}\n")
+    return "\n".join(parts)
+
+
+def studies() -> dict[str, Callable[[Record], str]]:
+    """ "study_PLACE_NAME" of every place and study."""
+    return {
+        f"study_{place}_{name}": lambda _, place=place, name=name: study(place, name)
+        for place in PLACES
+        for name in STUDIES
+    }
+
+
 TABLES: dict[str, Callable[[Record], str]] = {
     "facts": facts, "train": train, "routing": routing, "infer": infer, "products": products,
+    "lora": lora, "generate": generate, **studies(),
 }  # fmt: skip
 
 

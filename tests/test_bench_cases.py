@@ -26,7 +26,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     monkeypatch.setattr(harness, "ROTATED_BYTES", 0)
     monkeypatch.setattr(shapes, "TRAINING", layers)
     monkeypatch.setattr(shapes, "INFERENCE", layers[::4])
-    names = ("bench_gate", "bench_route", "bench_gemm", "bench_moe_train", "bench_moe_infer")
+    names = (
+        "bench_gate", "bench_route", "bench_gemm", "bench_moe_train", "bench_moe_infer",
+        "bench_lora", "bench_generate",
+    )  # fmt: skip
     for name in names:
         sys.modules.pop(name, None)
     modules = {name: importlib.import_module(name) for name in names}
@@ -68,6 +71,53 @@ def test_moe_and_gemm_cases(small: dict[str, ModuleType]) -> None:
     for name in ("bench_gemm", "bench_moe_train", "bench_moe_infer"):
         for case in small[name].cases():
             agree(case)
+
+
+def test_lora_cases(small: dict[str, ModuleType]) -> None:
+    """Every provider with LoRA leaves the same gradient of x; the frozen one leaves another."""
+    bench = small["bench_lora"]
+    x, case = bench.layer_case(sys.modules["shapes"].Layer(24, 32, 16, 8, 2))
+    grads = {}
+    for name, provider in case.providers.items():
+        case.reset()
+        provider(0)
+        grads[name] = x.grad.float()
+    ours = grads.pop("ling_ops")
+    close = {name: torch.isclose(ours, g, rtol=5e-2, atol=8e-2) for name, g in grads.items()}
+    wrong = {name: int((~c).any(1).sum()) for name, c in close.items()}
+    assert wrong.pop("frozen") > 2 >= max(wrong.values()) and case.floor_ms > 0
+
+
+def test_generation_cases(small: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step and a prompt run with every provider; a step does not depend on those before it."""
+    bench = small["bench_generate"]
+    sizes = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
+             "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 16,
+             "vocab_size": 96}  # fmt: skip
+    changes = {"DEVICE": "cpu", "BATCHES": (1, 3), "CONTEXT": 8, "ROOM": 2, "PROMPT": 12,
+               "CONFIG": bench.LingConfig.preset("ling-mini-2.0", **sizes)}  # fmt: skip
+    for name, value in changes.items():
+        monkeypatch.setattr(bench, name, value)
+    found = list(bench.cases())
+    assert [(case.what, case.shape["T"]) for case in found] == [
+        ("decode", 1), ("decode", 3), ("prefill", 12),
+    ]  # fmt: skip
+    for case in found:
+        assert case.floor_ms > 0
+        results = []
+        for _ in range(2):
+            case.reset()
+            results.append({name: provider(0) for name, provider in case.providers.items()})
+        assert torch.equal(results[0]["ling_ops"], results[1]["ling_ops"])
+
+
+def test_generation_floors(small: dict[str, ModuleType]) -> None:
+    """About 1350 and 6600 tokens/s, and 300,000 in prefill, by bytes and FLOPs."""
+    bench, active = small["bench_generate"], 1_432_968_192
+    config = bench.LingConfig.preset("ling-mini-2.0")
+    assert 1e3 / bench.decode_floor(config, active, 1) == pytest.approx(1350, rel=0.03)
+    assert 64e3 / bench.decode_floor(config, active, 64) == pytest.approx(6600, rel=0.03)
+    assert 8192e3 / bench.prefill_floor(config, active, 8192) == pytest.approx(320_000, rel=0.15)
 
 
 def test_gate_cases(small: dict[str, ModuleType]) -> None:

@@ -44,6 +44,7 @@ def tree(tmp_path: Path) -> Path:
         "ling_ops/ops/_library.py": "library = 1",
         "ling_ops/reference/gate.py": "truth = 1",
         "ling_ops/nn/moe.py": "moe = 1",
+        "ling_ops/models/packed.py": "packed = 1",
         "ling_ops/cli/train.py": "no part depends on this",
     }
     for name, text in files.items():
@@ -97,9 +98,10 @@ def test_the_hash_follows_the_parts_own_sources(bench: ModuleType, tree: Path) -
 
     before = hashes()
     changes = {
-        "csrc/gate/gate.cu": {"tests", "gate", "route", "moe_train"},
-        "csrc/gemm/kernel.cuh": {"tests", "gemm", "moe_train", "moe_infer"},
-        "ling_ops/nn/moe.py": {"tests", "moe_train"},
+        "csrc/gate/gate.cu": {"tests", "gate", "route", "moe_train", "lora", "generate"},
+        "csrc/gemm/kernel.cuh": {"tests", "gemm", "moe_train", "moe_infer", "lora", "generate"},
+        "ling_ops/nn/moe.py": {"tests", "moe_train", "generate"},
+        "ling_ops/models/packed.py": {"tests", "generate"},
         "ling_ops/ops/_library.py": set(bench.PARTS),
         "csrc/bindings.cpp": set(bench.PARTS),
         "ling_ops/cli/train.py": set(),
@@ -179,7 +181,17 @@ def test_a_part_replaces_only_its_own_rows(bench: ModuleType, tree: Path) -> Non
     record = full_record(bench, tree)
     bench.merge_rows(record, "permute", [row("permute", ms=7.0)])
     kinds = [r["bench"] for r in record["rows"]]
-    assert kinds == ["gate", "route", "permute", "gemm", "grouped_mm", "moe_train", "moe_infer"]
+    assert kinds == [
+        "gate",
+        "route",
+        "permute",
+        "gemm",
+        "grouped_mm",
+        "moe_train",
+        "moe_infer",
+        "lora",
+        "generate",
+    ]
     assert [r["ms"] for r in record["rows"] if r["bench"] == "permute"] == [7.0]
 
 
@@ -216,7 +228,14 @@ def test_check(bench: ModuleType, tree: Path, tmp_path: Path, capsys: Any) -> No
     (tree / "csrc/gemm/kernel.cuh").write_text("faster")
     assert bench.check(results, parts, tree) == 1
     stale = [line for line in capsys.readouterr().out.splitlines() if "stale" in line]
-    assert {line.split(": ")[1] for line in stale} == {"tests", "gemm", "moe_train", "moe_infer"}
+    assert {line.split(": ")[1] for line in stale} == {
+        "tests",
+        "gemm",
+        "moe_train",
+        "moe_infer",
+        "lora",
+        "generate",
+    }
     assert bench.check(results, ["gate"], tree) == 0
 
 

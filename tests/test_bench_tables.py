@@ -35,7 +35,9 @@ def test_pages_hold_what_the_record_holds(tables, record):
         assert tables.filled(text, record) == text, f"{name}: run python bench/tables.py"
 
 
-@pytest.mark.parametrize("name", ["facts", "train", "routing", "infer", "products"])
+@pytest.mark.parametrize(
+    "name", ["facts", "train", "routing", "infer", "products", "lora", "generate"]
+)
 def test_a_changed_figure_is_written_anew(tables, record, name):
     page = f"before\n<!-- table {name} -->\n| 1 | 2 |\n<!-- end -->\nafter\n"
     new = tables.filled(page, record)

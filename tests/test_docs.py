@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runner import environment, run_command
+from cli_runner import environment, run_here, write_text
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def prepare_checkpoints() -> None:
+def prepare_checkpoints(experts: int = 16) -> None:
     """Ling-mini-2.0, but tiny, with a tokenizer."""
     tokenizers = pytest.importorskip("tokenizers")
     pytest.importorskip("safetensors")
@@ -27,12 +27,20 @@ def prepare_checkpoints() -> None:
     config = LingConfig.preset(
         "ling-mini-2.0", vocab_size=300, hidden_size=64, num_layers=2, num_heads=4,
         num_kv_heads=2, head_dim=16, intermediate_size=80, moe_intermediate_size=24,
-        num_experts=16,
+        num_experts=experts,
     )  # fmt: skip
     LingForCausalLM(config, dtype=torch.bfloat16).save_pretrained("Ling-mini-2.0")
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(["Mixture of experts, a mixture of experts"], vocab_size=300)
     tokenizer.save("Ling-mini-2.0/tokenizer.json")
+
+
+def prepare_finetuning(experts: int = 16) -> None:
+    """The tiny checkpoint and some text."""
+    for needed in ("matplotlib", "tensorboard", "rich"):
+        pytest.importorskip(needed)
+    prepare_checkpoints(experts)
+    write_text(Path("notes"))
 
 
 def prepare_transformers() -> None:
@@ -43,6 +51,11 @@ def prepare_transformers() -> None:
     build("qwen3_moe", "eager").save_pretrained("Qwen3-30B-A3B")
 
 
+def prepare_peft() -> None:
+    pytest.importorskip("peft")
+    prepare_transformers()
+
+
 def prepare_training() -> None:
     for needed in ("safetensors", "matplotlib", "tensorboard", "rich"):
         pytest.importorskip(needed)
@@ -51,6 +64,9 @@ def prepare_training() -> None:
 PREPARE = {
     "expert-parallel.md": prepare_training,
     "checkpoints.md": prepare_checkpoints,
+    "finetuning.md": prepare_finetuning,
+    "pruning.md": lambda: prepare_finetuning(experts=32),
+    "integrations-peft.md": prepare_peft,
     "integrations-transformers.md": prepare_transformers,
 }
 
@@ -65,12 +81,12 @@ def run_shell(lines: str) -> None:
         if program == "torchrun":
             launch = [sys.executable, "-m", "torch.distributed.run", *arguments]
             done = subprocess.run(
-                launch, capture_output=True, text=True, env=environment(), timeout=240, check=False
+                launch, capture_output=True, text=True, env=environment(), timeout=900, check=False
             )
             assert done.returncode == 0, done.stderr
             continue
         assert program == "ling-ops", f"a test cannot run {line!r}"
-        done = run_command(*arguments)
+        done = run_here(*arguments)
         assert done.returncode == 0, done.stderr
 
 
@@ -94,6 +110,34 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         else:
             assert language == "python", f"a block of {page} names the language {language!r}"
             exec(compile(code, page, "exec"), names)
+
+
+@pytest.mark.filterwarnings("ignore::ling_ops.ops._backend.FallbackWarning")
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    """Its Python here. Its commands set up environments: `./dev test` is what runs this, and of the
+    others it is checked that there is what they name."""
+    monkeypatch.chdir(tmp_path)
+    root = DOCS.parent
+    text, names = (root / "README.md").read_text(encoding="utf-8"), {}
+    blocks = BLOCK.findall(text)
+    assert text.count("```") == 2 * len(blocks)
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    table = project.split("[project.optional-dependencies]")[1]
+    extras = set(re.findall(r"^([a-z]+) = \[", table, re.MULTILINE))
+    for language, code in blocks:
+        if language == "python":
+            exec(compile(code, "README.md", "exec"), names)
+            continue
+        assert language == "bash"
+        for line in code.splitlines():
+            program, argument, *_ = shlex.split(line, comments=True)
+            if program == "./dev":
+                assert f"\n{argument})\n" in (root / "dev").read_text(encoding="utf-8")
+            else:
+                assert (program, argument) == ("pip", "install")
+                named = re.findall(r"extras: ([\w, ]+)", line)
+                assert all(set(group.split(", ")) <= extras for group in named), line
+    assert names["y"].shape == names["x"].shape
 
 
 def test_the_picture_is_drawn_from_a_routing(tmp_path):
