@@ -6,7 +6,7 @@ A decode row's T is the number of sequences, each behind ``CONTEXT`` tokens: tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from harness import BYTE_RATE, DEVICE, FLOP_RATE, Case, Provider, main
@@ -62,7 +62,7 @@ def glm4_moe(config: LingConfig) -> torch.nn.Module | None:
         return Glm4MoeForCausalLM._from_config(sizes, dtype=torch.bfloat16).eval()
 
 
-def our_step(model: LingForCausalLM, batch: int) -> tuple[Provider, Provider]:
+def our_step(model: LingForCausalLM, batch: int) -> tuple[Provider, Callable[[], None]]:
     """(one step, back to the context) of greedy decoding by graph replays."""
     engine = PackedModel(model, batch, CONTEXT + ROOM)
     vocabulary = model.config.vocab_size
@@ -73,10 +73,10 @@ def our_step(model: LingForCausalLM, batch: int) -> tuple[Provider, Provider]:
     def step(_: int) -> torch.Tensor:
         return engine.step(chosen, more=True).argmax(-1)
 
-    return step, lambda: engine.cache.lengths.fill_(CONTEXT)
+    return step, lambda: engine.rewind(CONTEXT)
 
 
-def their_step(model: torch.nn.Module, batch: int) -> Provider:
+def their_step(model: torch.nn.Module, batch: int) -> tuple[Provider, Callable[[], None]]:
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=CONTEXT + ROOM)
@@ -92,7 +92,20 @@ def their_step(model: torch.nn.Module, batch: int) -> Provider:
         )  # fmt: skip
         return out.logits[:, -1].argmax(-1)
 
-    return step
+    def reset() -> None:
+        for layer in cache.layers:  # versions whose layers count what they hold
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length.fill_(CONTEXT)
+
+    return step, reset
+
+
+def in_turn(calls: list[Callable[[], None]]) -> Callable[[], None]:
+    def call() -> None:
+        for each in calls:
+            each()
+
+    return call
 
 
 @torch.no_grad()
@@ -105,12 +118,13 @@ def cases() -> Iterator[Case]:
     }  # fmt: skip
     for batch in BATCHES:
         step, reset = our_step(model, batch)
-        providers = {"ling_ops": step}
+        providers, resets = {"ling_ops": step}, [reset]
         if peer is not None:
-            providers["transformers"] = their_step(peer, batch)
+            providers["transformers"], reset = their_step(peer, batch)
+            resets.append(reset)
         least = decode_floor(CONFIG, active, batch)
         shape = {"T": batch, **sizes}
-        yield Case("generate", "decode", shape, "bfloat16", least, providers, reset=reset)
+        yield Case("generate", "decode", shape, "bfloat16", least, providers, reset=in_turn(resets))
     tokens = torch.randint(CONFIG.vocab_size, (PROMPT,), device=DEVICE)
     engine = PackedModel(model, 1, PROMPT)
     providers = {"ling_ops": torch.no_grad()(lambda _: engine.prefill(tokens, [PROMPT]))}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from test_model_generate import SMALL
 import ling_ops as lo
 from ling_ops.models import LingConfig, LingForCausalLM, generation, packed
 from ling_ops.models.packed import PackedModel
+from ling_ops.models.whole import WholeModel, runs_whole
 
 VARIANTS = {
     "grouped": {},
@@ -52,13 +55,13 @@ def teacher(model: LingForCausalLM, prompt: torch.Tensor, text: torch.Tensor) ->
     return logits[len(prompt) - 1 :].argmax(-1)
 
 
-@pytest.mark.parametrize("chunk", [3, 5, 4096])
+@pytest.mark.parametrize("chunk", [3, 5, 4096, None])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_without_a_cache(variant, chunk, device, monkeypatch):
     monkeypatch.setattr(packed, "CHUNK", chunk)
     model, lengths = make(device, **VARIANTS[variant]), [7, 1, 4]
     x, more = ids(device, 3, 7), ids(device, 3, 4)
-    engine = PackedModel(model, 3, 7 + 4)
+    engine = (WholeModel if chunk is None else PackedModel)(model, 3, 7 + 4)
     with torch.no_grad():
         prompts = torch.cat([x[b, :n] for b, n in enumerate(lengths)])
         got = [engine.prefill(prompts, lengths)]
@@ -86,13 +89,14 @@ def test_a_sequence_does_not_see_its_batch(lengths, side, data, device):
         assert eos is None or bool((new[row, len(alone) :] == eos).all())
 
 
-def test_ended_sequences_take_no_capacity(device):
+@pytest.mark.parametrize("kind", [PackedModel, WholeModel])
+def test_ended_sequences_take_no_capacity(kind, device):
     """Four times the same token, and room for one: the last finds it if the others have ended."""
     model = make(device, capacity="fixed", capacity_factor=0.5)
     same = ids(device, 1).expand(4)
     rates = []
     for active in (4, 1):
-        engine = PackedModel(model, 4, 6)
+        engine = kind(model, 4, 6)
         with torch.no_grad():
             engine.prefill(same, [1] * 4)
             engine.active[: 4 - active] = False
@@ -121,15 +125,61 @@ def test_streaming_is_read_in_step(device):
     assert int(seen[-1]) == eos and len(seen) == out.shape[1] - 4 <= 3
 
 
+class Lagging(generation._Reader):
+    """Reads as on a GPU: once the next step is queued."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.lags, self.copied = True, self
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.host = tokens.to("cpu", copy=True)
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("new", [1, 2, 9])
+@pytest.mark.parametrize("ends", [False, True])
+def test_reading_behind_the_next_step_changes_nothing(ends, new, device, monkeypatch):
+    model, x = make(device), ids(device, 2, 4)
+    eos = int(model.generate(x, max_new_tokens=9)[0, 6]) if ends else None
+    found = []
+    for reader in (generation._Reader, Lagging):
+        monkeypatch.setattr(generation, "_Reader", reader)
+        for batch in (x, x[:1]):
+            seen = []
+            options = {"eos_token_id": eos, "streamer": seen.append}
+            out = model.generate(batch, max_new_tokens=new, **options)
+            assert torch.equal(torch.stack(seen, dim=1), out[:, 4:].cpu())
+            found.append(out)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+def test_the_first_token_waits_for_no_step(device, monkeypatch):
+    """The first step may take a capture; from then on a step is queued before a token is read."""
+    monkeypatch.setattr(generation, "_Reader", Lagging)
+    order, step = [], PackedModel.step
+    monkeypatch.setattr(
+        PackedModel, "step", lambda *args, **options: order.append("step") or step(*args, **options)
+    )
+    make(device).generate(
+        ids(device, 1, 3), max_new_tokens=4, streamer=lambda _: order.append("read")
+    )
+    assert order == ["read", "step", "step", "read", "step", "read", "read"]
+
+
 def test_a_streamer_s_error_leaves_the_model_as_it_was(device):
     model = make(device).train()
+    model.model.layers[1].eval()  # frozen, as fine-tuning may have it
+    before = [module.training for module in model.modules()]
 
     def fail(_) -> None:
         raise RuntimeError("no paper")
 
     with pytest.raises(RuntimeError, match="no paper"):
         model.generate(ids(device, 1, 3), max_new_tokens=4, streamer=fail)
-    assert model.training
+    assert [module.training for module in model.modules()] == before and model.training
 
 
 def test_masks_that_do_not_fit(device):
@@ -138,6 +188,21 @@ def test_masks_that_do_not_fit(device):
         model.generate(x, max_new_tokens=1, token_mask=torch.ones_like(x[:, :3]).bool())
     with pytest.raises(TypeError, match=r"input_ids: got dtype torch\.float64"):
         model.generate(x.double(), max_new_tokens=1)
+
+
+def test_a_full_cache_is_an_error(device):
+    """Nothing is written into the next sequence's rows; what is rewound can be taken again."""
+    model, x = make(device), ids(device, 2, 3)
+    engine = PackedModel(model, 2, 4)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="lengths: got 5, need at most max_length=4"):
+            engine.prefill(ids(device, 7), [5, 2])
+        engine.prefill(x.flatten(), [3, 3])
+        first = engine.step(x[:, 0], more=False).clone()
+        with pytest.raises(ValueError, match="tokens: got one more, need at most 4"):
+            engine.step(x[:, 0], more=False)
+        engine.rewind(3)
+        assert torch.equal(engine.step(x[:, 0], more=False), first)
 
 
 def test_hooks_and_other_layers_are_kept(device):
@@ -152,6 +217,59 @@ def test_hooks_and_other_layers_are_kept(device):
     assert calls
 
 
+def replaced(module: torch.nn.Module) -> None:
+    """Another forward in place of the class's, as accelerate puts one."""
+    old = module.forward
+    module.forward = lambda *args, **options: old(*args, **options) * -2.0
+
+
+def subclassed(module: torch.nn.Module) -> None:
+    class Changed(type(module)):
+        def forward(self, *args, **options):
+            return super().forward(*args, **options) * -2.0
+
+    module.__class__ = Changed
+
+
+def hooked(module: torch.nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, out: out * -2.0)
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, subclassed])
+@pytest.mark.parametrize("name", ["", "attention", "attention.key_layernorm", "attention.dense"])
+def test_changes_of_whole_layers_are_kept(name, change, device):
+    """What is done to modules that generation would take apart takes part in it."""
+    model, eos = make(device), 3
+    x, mask = ragged(device, [5, 2, 4], "right")
+    free = model.generate(x, max_new_tokens=12, token_mask=mask)
+    assert not runs_whole(model)
+    change(model.model.layers[1].get_submodule(name))
+    assert runs_whole(model) or (name == "attention.dense" and change is not replaced)
+    out = model.generate(x, max_new_tokens=12, token_mask=mask)
+    assert not torch.equal(out, free)
+    ended = model.generate(x, max_new_tokens=12, token_mask=mask, eos_token_id=eos)
+    for row, real in enumerate(mask):
+        text = out[row, x.shape[1] :]
+        assert torch.equal(teacher(model, x[row][real], text), text)
+        end = text.tolist().index(eos) + 1 if eos in text else len(text)
+        end = min(end, ended.shape[1] - x.shape[1])
+        assert torch.equal(ended[row, x.shape[1] :][:end], text[:end])
+
+
+@pytest.mark.parametrize("change", [None, "flash", "hook", "experts", "capacity"])
+def test_what_a_graph_can_hold(change, device, monkeypatch):
+    """A step is captured only if every replay would do the same as running it."""
+    monkeypatch.setattr(packed, "use_kernel", lambda *_: True)
+    model = make(device, torch.bfloat16, **({"capacity": "fixed"} if change == "capacity" else {}))
+    engine = PackedModel(model, 1, 8)
+    engine._flash_runs = change != "flash"
+    if change == "hook":
+        model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    elif change == "experts":
+        model.model.layers[1].mlp.experts = torch.nn.Identity()  # of no known sizes
+    assert engine._can_capture() is (change is None)
+
+
 @pytest.fixture
 def preset(device):
     def build(name: str, dtype: torch.dtype, **changes) -> LingForCausalLM:
@@ -163,11 +281,16 @@ def preset(device):
 
 
 @pytest.mark.cuda
-def test_two_thousand_tokens_are_the_reference_s(preset, device):
-    model = preset("small", torch.float32)
+@pytest.mark.filterwarnings("ignore::ling_ops.ops._backend.FallbackWarning")
+@pytest.mark.parametrize("dtype,tokens", [(torch.float64, 500), (torch.float32, 2000)])
+def test_long_texts_are_the_reference_s(dtype, tokens, preset, device):
+    """Token for token, apart from ties: in fp32 some of the 48,000 choices of groups and experts
+    are closer than the products' roundings, which depend on how many tokens run together."""
+    model = preset("small", dtype)
     prompt = torch.randint(0, 256, (1, 16), device=device)
-    text = model.generate(prompt, max_new_tokens=2000)[0]
-    assert torch.equal(teacher(model, text[:16], text[16:]), text[16:])
+    text = model.generate(prompt, max_new_tokens=tokens)[0]
+    others = (teacher(model, text[:16], text[16:]) != text[16:]).sum()
+    assert others <= (tokens // 100 if dtype == torch.float32 else 0)
 
 
 @pytest.mark.cuda
@@ -189,9 +312,10 @@ def test_replays_are_the_eager_steps(batch, preset, device, monkeypatch):
 
 
 @pytest.mark.cuda
-def test_half_precision_logits(preset, device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits(dtype, preset, device):
     """The flash path against the model without a cache, on the same weights."""
-    model = preset("small", torch.bfloat16)
+    model = preset("small", dtype)
     lengths, engine = [300, 1, 77], PackedModel(model, 3, 310)
     x, more = torch.randint(0, 256, (3, 300), device=device), torch.randint(0, 256, (3, 10))
     more = more.to(device)
@@ -206,3 +330,60 @@ def test_half_precision_logits(preset, device):
             error = (torch.stack([step[b] for step in got]).float() - truth).norm()
             plain = (model(tokens).logits[0, n - 1 :].float() - truth).norm()
             assert error <= 1.5 * plain + 0.01 * truth.norm()
+
+
+@pytest.mark.cuda
+def test_steps_without_flash_attention_see_every_key(device):
+    """Heads of 12 elements: what attention reads there grows step by step, unlike a graph."""
+    model, x = make(device, torch.bfloat16, head_dim=12), ids(device, 2, 5)
+    steps = []
+    for more in (False, True):
+        engine = PackedModel(model, 2, 60)
+        with torch.no_grad():
+            engine.prefill(x.flatten(), [5, 5])
+            steps.append(torch.stack([engine.step(x[:, 0], more=more).clone() for _ in range(40)]))
+    assert torch.equal(*steps)
+
+
+@pytest.mark.cuda
+def test_another_device_than_the_current_one(preset):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = preset("small", torch.bfloat16)
+    x = torch.randint(0, 256, (2, 20), device="cuda:0")
+    texts = []
+    for name in ("cuda:0", "cuda:1", "cuda:0"):
+        seen = []
+        out = model.to(name).generate(x.to(name), max_new_tokens=60, streamer=seen.append)
+        assert torch.equal(torch.stack(seen, dim=1), out[:, 20:].cpu())
+        texts.append(out.cpu())
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+
+
+@pytest.mark.cuda
+def test_other_threads_may_pin_memory_meanwhile(preset, device):
+    """As a data loader's do; a capture must not forbid it them."""
+    model, stop = preset("small", torch.bfloat16), threading.Event()
+    x = torch.randint(0, 256, (1, 20), device=device)
+    expected, failures = model.generate(x, max_new_tokens=30), []
+
+    def pin() -> None:
+        kept = []
+        while not stop.is_set():
+            try:
+                kept.append(torch.empty(2**12 * (1 + len(kept) % 64), pin_memory=True))
+            except RuntimeError as error:
+                failures.append(error)
+                return
+            if len(kept) == 512:
+                kept.clear()
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        for _ in range(5):
+            assert torch.equal(model.generate(x, max_new_tokens=30), expected)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failures

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .packed import PackedModel
+from .whole import WholeModel, runs_whole
 
 #: Steps that are sure to come, from which on a capture is repaid.
 WORTH_A_GRAPH = 8
@@ -98,7 +99,7 @@ class _Reader:
         self.host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         self.host.copy_(tokens, non_blocking=True)
         self.copied = torch.cuda.Event()
-        self.copied.record()
+        self.copied.record(torch.cuda.current_stream(tokens.device))
 
     def all_ended(self) -> bool:
         """Waits for the tokens put last, streams them, and says whether every sequence ended."""
@@ -135,24 +136,27 @@ def generate(
         return input_ids
     batch, new = len(lengths), []
     reader = _Reader(streamer, eos_token_id, batch, input_ids.device)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # some may be frozen
     model.eval()
     try:
-        packed = PackedModel(model, batch, max(lengths) + max_new_tokens)
-        logits = packed.prefill(prompts, lengths)
+        kind = WholeModel if runs_whole(model) else PackedModel
+        engine = kind(model, batch, max(lengths) + max_new_tokens)
+        logits = engine.prefill(prompts, lengths)
         for left in range(max_new_tokens - 1, -1, -1):
             chosen = sample(logits, temperature=temperature, top_p=top_p, generator=generator)
             if eos_token_id is not None:
-                chosen = torch.where(packed.active, chosen, eos_token_id)
-                packed.active.logical_and_(chosen != eos_token_id)
+                chosen = torch.where(engine.active, chosen, eos_token_id)
+                engine.active.logical_and_(chosen != eos_token_id)
             new.append(chosen)
             reader.put(chosen)
-            if left and reader.lags:
-                logits = packed.step(chosen, more=left > WORTH_A_GRAPH)
+            more, ahead = left > WORTH_A_GRAPH, reader.lags and len(new) > 1
+            if left and ahead:
+                logits = engine.step(chosen, more=more)
             if reader.all_ended():
                 break
-            if left and not reader.lags:
-                logits = packed.step(chosen, more=False)
+            if left and not ahead:  # also the first step on a GPU: nobody waits for a capture
+                logits = engine.step(chosen, more=more)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return torch.cat([input_ids, torch.stack(new, dim=1)], dim=1)

@@ -7,6 +7,7 @@ reads all lengths on the device, so that one CUDA graph serves every step.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -73,6 +74,10 @@ class PackedModel:
     # --- passes ----------------------------------------------------------------------------------
     def prefill(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Logits ``[B, V]`` behind prompts, packed as ``[N]``, of ``lengths`` (all positive)."""
+        if max(lengths) > self.cache.max_length:
+            raise ValueError(
+                f"lengths: got {max(lengths)}, need at most max_length={self.cache.max_length}"
+            )
         ends = list(itertools.accumulate(lengths))
         last = []
         for begin in range(0, ends[-1], CHUNK):
@@ -93,8 +98,10 @@ class PackedModel:
         """Logits ``[B, V]`` behind one more token ``[B]`` of every sequence.
 
         ``more`` says that further steps are sure to come: a graph is worth its capture. The logits
-        are overwritten by the next step.
+        are overwritten by the next step. A ValueError says that the cache is full.
         """
+        if self._longest == self.cache.max_length:
+            raise ValueError(f"tokens: got one more, need at most {self._longest} per sequence")
         self.tokens.copy_(tokens)
         self._longest += 1
         if self._graph is not None:
@@ -103,10 +110,18 @@ class PackedModel:
         self.logits = self._decode()  # also what a capture needs to have run once
         if more and self._can_capture():
             logits, self._graph = self.logits, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # other threads may allocate meanwhile, such as a data loader's that pins memory
+            with torch.cuda.graph(
+                self._graph, stream=_capture_stream(self.device), capture_error_mode="thread_local"
+            ):
                 self.logits = self._decode()
             return logits
         return self.logits
+
+    def rewind(self, length: int) -> None:
+        """Back to the first ``length`` tokens of every sequence, none of which has fewer."""
+        self.cache.lengths.fill_(length)
+        self._longest = length
 
     def _decode(self) -> Tensor:
         cache = self.cache
@@ -140,15 +155,18 @@ class PackedModel:
         )
 
     def _can_capture(self) -> bool:
-        """Whether a step runs without asking the device for anything."""
-        weight = self.model.lm_head.weight
-        if not (weight.is_cuda and weight.dtype in _HALF):
+        """Whether a step is the same launches every time, and asks the device for nothing."""
+        if not self._flash_runs:  # the other attention reads as many keys as the host has counted
             return False
+        if is_hooked(*self.model.modules()):  # a hook would run once, in the capture
+            return False
+        weight = self.model.lm_head.weight
         for _, moe in self.model.moe_layers():
-            experts = moe.experts
-            sizes = {"H": experts.hidden_size, "I": experts.intermediate_size}
+            if not _is_plain(moe):
+                return False
+            sizes = {"H": moe.experts.hidden_size, "I": moe.experts.intermediate_size}
             unsupported = tensor_core_unsupported(weight.dtype, **sizes)
-            if not (_is_plain(moe) and use_kernel("moe_mlp", weight, unsupported)):
+            if not use_kernel("moe_mlp", weight, unsupported):
                 return False
         return True
 
@@ -287,6 +305,13 @@ class PackedModel:
         first = rotation.first * w[..., half : 2 * half]
         second = rotation.second * w[..., :half]
         return [Rotation(*each) for each in zip(own, first, second, strict=True)]
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One per device: torch's own belongs to the device that was current at its first use, and
+    every stream keeps a workspace of cuBLAS."""
+    return torch.cuda.Stream(device)
 
 
 def _flash_runs(weight: Tensor, head_dim: int) -> bool:
