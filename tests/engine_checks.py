@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from ling_ops import parallel
 from ling_ops.models import LingForCausalLM
 from ling_ops.models.ling import LingLayer
+from ling_ops.nn import add_lora
+from ling_ops.nn.lora import adapters
 
 CHECKS = {}
 STEPS, RATE = 3, 1e-2
@@ -128,6 +130,51 @@ def fsdp2_in_mixed_precision(folder: Path) -> None:
         optimizer.zero_grad()
         seen.append(loss.item())
     assert seen[-1] < seen[0] - 0.1
+
+
+def adapted(dtype: torch.dtype | None = None) -> LingForCausalLM:
+    """The tiny model with adapters at experts and attention that do something."""
+    model = tiny().to(dtype or torch.float64)
+    torch.manual_seed(6)
+    add_lora(model, r=2, targets=["gate_up_proj", "experts.down_proj", "query_key_value"])
+    for _, adapter in adapters(model):
+        nn.init.normal_(adapter.b, std=0.1)
+    return model
+
+
+@check
+def lora_beside_ddp_and_fsdp2(folder: Path) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    exact, everything = adapted(), torch.cat(batches())
+    optimizer = torch.optim.AdamW([p for p in exact.parameters() if p.requires_grad], lr=RATE)
+    for _ in range(STEPS):
+        exact(everything, labels=everything).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for wrap in (DistributedDataParallel, shard):
+        model = adapted()
+        wrapped = wrap(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        steps(wrapped, torch.optim.AdamW(trained, lr=RATE))
+        same(model.state_dict(), exact.state_dict())
+
+
+@check
+def lora_in_fp32_beside_bf16_weights_under_fsdp2(folder: Path) -> None:
+    model = shard(adapted(torch.bfloat16))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
+    ids = batches()[rank()]
+    seen = []
+    for _ in range(6):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    assert seen[-1] < seen[0] - 0.05
 
 
 @check

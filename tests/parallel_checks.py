@@ -12,7 +12,7 @@ from torch import distributed, nn
 import ling_ops
 from ling_ops import parallel
 from ling_ops.models import LingConfig, LingForCausalLM
-from ling_ops.nn import Experts, MoE, moe_modules
+from ling_ops.nn import Experts, MoE, add_lora, moe_modules
 from ling_ops.parallel import ParallelExperts
 
 E, H, WIDTH, K = 8, 16, 24, 2
@@ -274,3 +274,14 @@ def distributed_checkpoints_fit_any_number_of_ranks(folder: Path) -> None:
     parallel.load_sharded_state_dict(model, state)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, exact[name]), name
+
+
+@check
+def adapters_and_spread_experts_exclude_each_other(folder: Path) -> None:
+    experts = Experts(E, H, WIDTH)
+    spread = ParallelExperts(experts, group(), None)
+    with pytest.raises(ValueError, match="it is a ParallelExperts, need Experts"):
+        add_lora(spread)
+    add_lora(experts)
+    with pytest.raises(ValueError, match="experts must be plain ones, got LoRAExperts"):
+        ParallelExperts(experts, group(), None)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from tolerances import assert_bitwise
 from ling_ops.cli import main
 from ling_ops.cli.checkpoint import load_checkpoint
 from ling_ops.cli.data import load_text
-from ling_ops.cli.finetune import fingerprint
+from ling_ops.cli.finetune import FinetuneTrainer, fingerprint
 from ling_ops.cli.text import TokenizerText
 from ling_ops.cli.tokens import load_tokens, tokenize
 from ling_ops.models import LingConfig, LingForCausalLM
@@ -55,14 +58,16 @@ def arguments(base, text, output, *extra: object) -> list[object]:
     ]  # fmt: skip
 
 
+def settings_of_finished(method: str) -> list[object]:
+    extra = ["--steps", 6, "--method", method, "--learning-rate", 0.01, "--accumulate", 2]
+    return [*extra, "--lora-dropout", 0.1, "--merge"] if method == "lora" else extra
+
+
 @pytest.fixture(scope="module", params=["lora", "full"])
 def finished(request, base, text, tmp_path_factory):
     """(method, run folder, completed process) of a whole run of six steps."""
     run = tmp_path_factory.mktemp(request.param) / "run"
-    extra = ["--steps", 6, "--method", request.param, "--learning-rate", 0.01, "--accumulate", 2]
-    if request.param == "lora":
-        extra += ["--lora-dropout", 0.1, "--merge"]
-    done = run_here(*arguments(base, text, run, *extra))
+    done = run_here(*arguments(base, text, run, *settings_of_finished(request.param)))
     assert done.returncode == 0, done.stderr
     return request.param, run, done
 
@@ -154,6 +159,35 @@ def test_a_resumed_run_is_the_same_run(finished, base, text, tmp_path):
         assert (part / "model" / "model.safetensors").read_bytes() == (
             run / "model" / "model.safetensors"
         ).read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("stopped_after", [0, 3])
+def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_happened(
+    finished, stopped_after, base, text, tmp_path, monkeypatch
+):
+    """Also before the first step, while the base is validated."""
+    method, run, _ = finished
+    part = tmp_path / "part"
+    name = "update_expert_biases" if stopped_after else "_validate"
+    called, original = [], getattr(FinetuneTrainer, name)
+
+    def interrupted(trainer, *arguments):
+        called.append(None)
+        if len(called) == max(1, stopped_after):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainer, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FinetuneTrainer, name, interrupted)
+        done = run_here(*arguments(base, text, part, *settings_of_finished(method)))
+    assert done.returncode == 0, done.stderr
+    assert f"stopped by SIGTERM after step {stopped_after}, which is saved" in done.stdout
+    assert not (part / "adapter").exists() and not (part / "model").exists()
+    done = run_here("finetune", "--resume", "--output", part)
+    assert done.returncode == 0, done.stderr
+    for file, content in step_files(run, 6).items():
+        assert step_files(part, 6)[file] == content, file
 
 
 def test_recomputing_layers_changes_nothing(base, text, tmp_path):

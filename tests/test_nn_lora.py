@@ -141,6 +141,63 @@ def test_adapters_are_added_once():
         add_lora(torch.nn.Linear(2, 2))
 
 
+class Watched(Experts):
+    """Experts with a forward of their own."""
+
+
+def test_experts_of_another_kind_are_refused_before_anything_changes():
+    model = make()
+    model.model.layers[2].mlp.experts.__class__ = Watched
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.experts is a Watched, need Experts"):
+        add_lora(model)
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_with_adapters_is_not_written_as_a_checkpoint(tmp_path):
+    pytest.importorskip("safetensors")
+    model = make()
+    add_lora(model, r=3)
+    redraw(model)
+    for _ in range(2):  # then merged: the adapters are still there
+        with pytest.raises(ValueError, match=r"has LoRA at .*: merge_lora and remove_lora come"):
+            model.save_pretrained(tmp_path / "model")
+        merge_lora(model)
+    assert not (tmp_path / "model").exists()
+    remove_lora(model)
+    model.save_pretrained(tmp_path / "model")
+    again = LingForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+def test_a_normed_head_is_normed_with_its_adapter():
+    """What a merged head does, and its gradient."""
+    model = make(norm_head=True)
+    add_lora(model, r=3, targets=["lm_head"])
+    redraw(model)
+    out = model(ids(), labels=ids())
+    out.loss.backward()
+    merge_lora(model)
+    torch.testing.assert_close(model(ids()).logits, out.logits, rtol=1e-9, atol=1e-10)
+    adapter, grad = model.lm_head.lora, model.lm_head.lora.b.grad[5, 1].item()
+    losses = []
+    for shift in (1e-5, -2e-5):
+        unmerge_lora(model)
+        with torch.no_grad():
+            adapter.b[5, 1] += shift
+        merge_lora(model)
+        losses.append(model(ids(), labels=ids()).loss.item())
+    assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(grad, rel=1e-5)
+
+
+def test_a_wrapped_module_keeps_its_adapter(tmp_path):
+    """fully_shard gives a module a class of its own."""
+    model = make()
+    names = add_lora(model, r=3, targets=["query_key_value"])
+    attention = model.model.layers[0].attention.query_key_value
+    attention.__class__ = type("Sharded", (type(attention),), {})
+    assert [site.name for site, _ in adapters(model)] == names
+
+
 # --- files ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("targets", TARGETS)
 def test_round_trip_is_exact(targets, tmp_path):
@@ -152,6 +209,28 @@ def test_round_trip_is_exact(targets, tmp_path):
     again = make()
     assert load_lora(again, tmp_path) == names
     assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("targets", [None, ["gate_up_proj"]])
+def test_experts_without_a_model_around_them(targets, tmp_path):
+    pytest.importorskip("safetensors")
+    experts, again = (Experts(4, 16, 8, init_std=0.3) for _ in range(2))
+    names = add_lora(experts, r=2, targets=targets)
+    redraw(experts)
+    save_lora(experts, tmp_path)
+    assert load_lora(again, tmp_path) == names
+    for (_, mine), (_, read) in zip(adapters(experts), adapters(again), strict=True):
+        assert torch.equal(mine.a, read.a) and torch.equal(mine.b, read.b)
+
+
+def test_a_disk_that_refuses_is_an_os_error(tmp_path):
+    pytest.importorskip("safetensors")
+    model = make()
+    add_lora(model, r=3)
+    (tmp_path / ".writing-adapter_model.safetensors").mkdir()
+    with pytest.raises(OSError):
+        save_lora(model, tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
 
 
 def saved(tmp_path):
@@ -170,6 +249,10 @@ def saved(tmp_path):
         ({"r": 5}, r"lora_A.weight is \[24, 32\], need \[40, 32\]"),
         ({"target_parameters": ["experts.down_proj"]}, "base_layer.lora_A.weight is unexpected"),
         ({"rank_pattern": {"x": 2}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: got 'pissa', need True"),
+        ({"alora_invocation_tokens": [3]}, r"alora_invocation_tokens: got \[3\], need None"),
+        ({"use_qalora": True}, "use_qalora: got True, need False"),
+        ({"lora_alpha": "8"}, "lora_alpha: got '8', need a number"),
     ],
 )
 def test_what_does_not_fit_is_named_and_changes_nothing(change, message, tmp_path):

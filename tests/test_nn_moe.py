@@ -100,6 +100,18 @@ def test_adding_the_shared_experts_in_place_changes_no_gradient(bias, device):
     torch.testing.assert_close(out, seen[0] + layer.shared_experts(x))
 
 
+def test_a_forward_set_on_the_shared_experts_runs(device):
+    """As accelerate sets one: no shortcut goes round it."""
+    layer = make(device, num_shared_experts=1)
+    x = torch.randn(5, H, device=device)
+    before, down = layer(x), layer.shared_experts.down_proj
+    without = before - layer.shared_experts(x)
+    down.forward = lambda a: 2 * type(down).forward(down, a)
+    torch.testing.assert_close(layer(x), before + (before - without))
+    layer.shared_experts.forward = lambda inputs: torch.zeros_like(inputs)
+    torch.testing.assert_close(layer(x), without)
+
+
 def test_shared_experts_of_another_dtype_are_promoted(device):
     layer = make(device, num_shared_experts=1)
     layer.shared_experts.double()

@@ -11,6 +11,7 @@ import torch
 from strategies import make_indices, make_mlp, make_offsets
 
 import ling_ops as lo
+from ling_ops.ops.lora_mlp import LowRank, lora_mlp
 
 E, K = 8, 2
 
@@ -33,6 +34,10 @@ def functions(device: torch.device) -> dict[str, tuple[Callable[..., Any], tuple
     mask = torch.arange(tokens, device=device) % 4 != 0
     offsets = make_offsets(E, tokens * K, "tail", 0).to(device)
     rows = torch.randn(tokens * K, 16, device=device).to(dtype)
+    low = [
+        torch.randn(E, *shape, device=device).to(dtype)
+        for shape in ((4, 16), (16, 4), (4, 8), (16, 4))
+    ]
     routing = lo.route(ids, E, capacity=3)
     bias = torch.zeros(E, device=device)
     dynamic = lo.CapacityPolicy.dynamic(0.02)
@@ -59,6 +64,11 @@ def functions(device: torch.device) -> dict[str, tuple[Callable[..., Any], tuple
         "moe_mlp routing": (
             lambda x, u, d, w: lo.moe_mlp(x, u, d, w, ids, routing=lo.route(ids, E, capacity=3)),
             case.tensors[:4]),
+        "lora_mlp": (
+            lambda x, u, d, w, *low: lora_mlp(
+                x, u, d, w, case.indices, gate_up_lora=LowRank(*low[:2], 0.5),
+                down_lora=LowRank(*low[2:], 0.5)),
+            (*case.tensors[:4], *low)),
         "fused_experts": (
             lambda x, u, d, w: lo.fused_experts(x, u, d, w, case.indices), case.tensors[:4]),
         "load_balancing_loss": (

@@ -10,6 +10,7 @@ from strategies import make_indices, seeds
 from tolerances import assert_within, truth, unit_roundoff
 
 import ling_ops
+from ling_ops.ops import _fused_lora
 from ling_ops.ops.lora_mlp import LowRank, lora_mlp
 from ling_ops.reference.activation import ACTIVATIONS, GATED
 
@@ -115,6 +116,95 @@ def test_gradients(targets, activation):
     assert torch.autograd.gradcheck(run, leaves)
 
 
+def fused(routing, targets, activation, limit):
+    """The nodes that run on a GPU; on CPU tensors their operators have CPU implementations."""
+
+    def run(x, first, down, *rest):
+        low = {"gate_up_lora": None, "down_lora": None, **low_ranks(*rest[:-1], targets)}
+        return _fused_lora.fused_lora_mlp(
+            x, first, down, rest[-1], routing, activation=activation, swiglu_limit=limit, **low
+        )
+
+    return run
+
+
+@given(SETTINGS, st.sampled_from([None, 3]), st.sampled_from([None, 0.5]))
+def test_the_nodes_of_the_kernels_in_float64(settings, capacity, limit):
+    """Output and every gradient, with dropped pairs whose gate weights are NaN, and empty rows."""
+    tensors, weights, indices = make(torch.float64, "cpu", **settings)
+    how, activation = settings["targets"], settings["activation"]
+    limit = limit if activation in GATED else None
+    routing = ling_ops.route(indices, settings["experts"], capacity=capacity)
+    weights[routing.token_row < 0] = float("nan")
+
+    def exact(x, first, down, a1, b1, a2, b2, gates):
+        first = first + 0.5 * b1 @ a1 if "u" in how else first
+        down = down + 0.5 * b2 @ a2 if "d" in how else down
+        return ling_ops.moe_mlp(
+            x, first, down, gates, indices, routing=routing, activation=activation,
+            swiglu_limit=limit,
+        )  # fmt: skip
+
+    run = fused(routing, how, activation, limit)
+    *mine, gates = with_gradients(run, tensors, weights)
+    *right, right_gates = with_gradients(exact, tensors, weights)
+    torch.testing.assert_close(gates, right_gates, rtol=1e-6, atol=1e-7)  # fp32, as the weights
+    for got, expected in zip(mine, right, strict=True):
+        if expected is None:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_nodes_under_the_compiler():
+    """One graph, though an operator of it changes a tensor in place."""
+    tensors, weights, indices = make(
+        torch.float64, "cpu", tokens=9, experts=4, choices=2, rank=8, activation="swiglu",
+        targets="ud", ids="bad_ids", seed=0,
+    )  # fmt: skip
+    run = fused(ling_ops.route(indices, 4), "ud", "swiglu", None)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for got, expected in zip(
+        with_gradients(compiled, tensors, weights), with_gradients(run, tensors, weights),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+class _Calls:
+    """Operators that note their names."""
+
+    def __init__(self):
+        self.names = []
+
+    def __getattr__(self, name):
+        self.names.append(name)
+        return getattr(torch.ops.ling_ops, name)
+
+
+def test_the_nodes_spend_nothing_on_what_is_frozen(monkeypatch):
+    tensors, weights, indices = make(
+        torch.float64, "cpu", tokens=8, experts=4, choices=2, rank=8, activation="swiglu",
+        targets="ud", ids="uniform", seed=0,
+    )  # fmt: skip
+    for addition in tensors[3:]:
+        addition.requires_grad_()
+    routing = ling_ops.route(indices, 4)
+    calls = _Calls()
+
+    def refused(*_):
+        raise AssertionError("a frozen weight's gradient was computed")
+
+    out = fused(routing, "ud", "swiglu", None)(*tensors, weights)
+    monkeypatch.setattr(_fused_lora, "_OPS", calls)
+    monkeypatch.setattr(_fused_lora, "_weight_grad", refused)
+    out.sum().backward()
+    assert all(t.grad is None for t in tensors[:3])
+    assert all(t.grad.abs().max() > 0 for t in tensors[3:])
+    # x is frozen too: of the rows' gradients only the thin ones, and nothing is summed per token
+    assert calls.names.count("grouped_gemm") == 1 and "combine" not in calls.names
+
+
 @pytest.mark.filterwarnings("ignore::ling_ops.ops._backend.FallbackWarning")
 @given(SETTINGS, st.sampled_from([torch.bfloat16, torch.float16]))
 def test_low_precision(device, settings, dtype):
@@ -195,3 +285,21 @@ def test_errors_name_the_argument(change, message):
     x, first, down = torch.zeros(3, 16), torch.zeros(4, 48, 16), torch.zeros(4, 16, 24)
     with pytest.raises(ValueError, match=message):
         lora_mlp(x, first, down, torch.zeros(3, 2), torch.zeros(3, 2, dtype=int), gate_up_lora=low)
+
+
+@pytest.mark.parametrize(
+    "activation,limit,message",
+    [
+        ("swiglu", -1.0, "swiglu_limit must be .*got -1.0"),
+        ("gelu", 1.0, "swiglu_limit must be None for activation 'gelu', got 1.0"),
+    ],
+)
+def test_a_limit_is_checked_as_in_moe_mlp(activation, limit, message):
+    tensors, weights, indices = make(
+        torch.float32, "cpu", tokens=3, experts=4, choices=2, rank=2, activation=activation,
+        targets="u", ids="uniform", seed=0,
+    )  # fmt: skip
+    low = LowRank(*tensors[3:5])
+    options = {"gate_up_lora": low, "activation": activation, "swiglu_limit": limit}
+    with pytest.raises(ValueError, match=message):
+        lora_mlp(*tensors[:3], weights, indices, **options)

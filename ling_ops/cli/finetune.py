@@ -193,7 +193,7 @@ def _write_results(trainer: FinetuneTrainer, merging: bool) -> None:
 
 
 def _write_model(model: Any, folder: Path, tokenizer: Path) -> None:
-    """Write the published format beside `folder` first: it is whole, or as it was."""
+    """Write the published format beside `folder` first: it is whole, or absent."""
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

@@ -52,7 +52,7 @@ def tokenize(text: TextData, codec: TokenizerText, *, sequence_length: int) -> T
 
 def _ids(side: torch.Tensor, codec: TokenizerText) -> torch.Tensor:
     """The ids, int32, of texts that each end in SEPARATOR."""
-    texts = [part.decode("utf-8", "replace") for part in bytes(side.tolist()).split(SEPARATOR)]
+    texts = [part.decode("utf-8", "replace") for part in side.numpy().tobytes().split(SEPARATOR)]
     end = [] if codec.end_of_text is None else [codec.end_of_text]
     ids = []
     for first in range(0, len(texts), _AT_ONCE):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ling_ops.nn import MLP, CapacityPolicy, MoE, RMSNorm, update_expert_biases
+from ling_ops.nn.lora import LoRALinear
 
 from .attention import Attention, AttentionInputs, attention_inputs
 from .cache import KVCache
@@ -174,7 +175,8 @@ class LingForCausalLM(nn.Module):
 
         Files of at most ``max_shard_bytes``, and an index if they are several. ``config.json``
         comes last: a folder without it is unfinished. Raises FileExistsError where ``folder``
-        holds a checkpoint already. One file's tensors at a time are copied to the host.
+        holds a checkpoint already, and ValueError for a model that has LoRA adapters. One file's
+        tensors at a time are copied to the host.
         """
         from .pretrained import save
 
@@ -243,7 +245,8 @@ class LingForCausalLM(nn.Module):
         """
         if not self.config.norm_head:
             return None
-        weight = self.lm_head.weight
+        adapted = isinstance(self.lm_head, LoRALinear)
+        weight = self.lm_head.adapted_weight() if adapted else self.lm_head.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         return torch.linalg.vector_norm(weight, dim=0, dtype=wide) + 1e-7
 
@@ -313,10 +316,12 @@ class LingForCausalLM(nn.Module):
         columns. A sequence that has ended is filled up with ``eos_token_id``. ``streamer`` is
         called with each step's tokens ``[B]``, on the host, while a GPU computes the next ones.
 
-        Padding is taken out before the model runs, so a sequence is not changed by the others
-        (a fixed or dynamic capacity, which they share, apart). On a GPU, where the experts run as
-        kernels (bf16, fp16), the steps are replays of a CUDA graph, captured anew by every call.
-        The statistics of MoE layers (``last_indices``, ``stats``) are not updated.
+        Padding is taken out before the model runs, so a sequence is not changed by the others, up
+        to rounding (a fixed or dynamic capacity, which they share, apart). On a GPU, where the
+        experts run as kernels (bf16, fp16) and nothing is hooked, the steps are replays of a CUDA
+        graph, captured anew by every call. A hook on a whole layer or attention, or a forward that
+        is not the class's, makes generation run the slower ``forward``; otherwise the statistics of
+        dropless MoE layers (``last_indices``, ``stats``) are not updated.
         """
         return generate(
             self,

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ling_ops.nn.lora import adapters
+
 from .published import (
     CONFIG,
     CheckpointError,
@@ -211,6 +213,11 @@ def save(model, folder: str | Path, *, max_shard_bytes: int) -> None:
         raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, need at least 1")
     if (folder / CONFIG).exists() and any(folder.glob("*.safetensors")):
         raise FileExistsError(f"{folder} holds a checkpoint already: name another folder")
+    if found := adapters(model):
+        raise ValueError(
+            f"model: has LoRA at {found[0][0].name}: merge_lora and remove_lora come first, or "
+            "save_lora writes the adapters alone"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     found = {piece.key: piece for piece in pieces(state)}

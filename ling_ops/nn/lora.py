@@ -64,6 +64,13 @@ class LoRALinear(nn.Linear):
 
     lora: Adapter
 
+    def adapted_weight(self) -> torch.Tensor:
+        """What the forward applies, W + scale B A where it is not merged: made in full."""
+        lora = self.lora
+        if lora.merged:
+            return self.weight
+        return torch.addmm(self.weight.to(lora.a.dtype), lora.b, lora.a, alpha=lora.scale)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out, lora = super().forward(x), self.lora
         if lora.merged:
@@ -142,7 +149,8 @@ class Site(NamedTuple):
 def sites(model: nn.Module) -> Iterator[Site]:
     """Every weight of ``model`` that can have an adapter, in module order."""
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, LoRALinear):
+        # fully_shard gives a module that it wraps a class of its own, derived from what it was
+        if type(module) is nn.Linear or isinstance(module, LoRALinear):
             yield Site(name, module, None)
         elif isinstance(module, Experts):
             for parameter, value in module.named_parameters(recurse=False):
@@ -158,6 +166,15 @@ def adapters(model: nn.Module) -> list[tuple[Site, Adapter]]:
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+def _check_kind(site: Site) -> None:
+    """Other experts, such as those that are spread over ranks, run without ``lora_mlp``."""
+    if site.parameter is not None and type(site.module) is not Experts:
+        raise ValueError(
+            f"model: {site.module_name or 'it'} is a {type(site.module).__name__}, need Experts: "
+            "add_lora comes before what spreads or wraps them"
+        )
 
 
 def _chosen(model: nn.Module, targets: Sequence[str] | None) -> list[Site]:
@@ -217,6 +234,8 @@ def attach(
     """Freezes ``model`` and gives ``chosen`` new adapters; returns their names."""
     if adapters(model):
         raise ValueError("model: has LoRA already; merge_lora and remove_lora come first")
+    for site in chosen:
+        _check_kind(site)
     model.requires_grad_(False)
     for site in chosen:
         site.attach(Adapter(site.weight, r, scale, dropout, dtype).train(site.module.training))
@@ -233,7 +252,11 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Takes what ``merge_lora`` added away again: exact up to one rounding of each element."""
+    """Takes what ``merge_lora`` added away again.
+
+    Exact up to two roundings to the weight's dtype of each element: of the merged value and of the
+    result. Where they matter (16-bit weights, a large scale B A), keep the checkpoint.
+    """
     _set_merged(model, False)
 
 

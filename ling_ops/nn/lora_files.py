@@ -27,7 +27,11 @@ _PREFIX = "base_model.model."
 _ONLY: dict[str, tuple] = {
     "use_dora": (False, None), "bias": ("none", None), "lora_bias": (False, None),
     "fan_in_fan_out": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None), "layer_replication": (None,),
+    "alpha_pattern": ({}, None), "layer_replication": (None,), "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None), "use_bdlora": (None,), "arrow_config": (None,),
+    "kasa_config": (None,), "monteclora_config": (None,),
+    # the others (PiSSA, OLoRA, LoftQ and so on) also change the weights beside the adapter
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
 
 
@@ -97,7 +101,8 @@ def save_lora(model: nn.Module, folder: str | Path, *, base_model: str | None = 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     temporary = folder / f".writing-{WEIGHTS}"
-    _library().torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    # not save_file, whose errors of a full disk are no OSError
+    temporary.write_bytes(_library().torch.save(tensors, metadata={"format": "pt"}))
     os.replace(temporary, folder / WEIGHTS)
     text = json.dumps(values, indent=2) + "\n"
     temporary = folder / f".writing-{CONFIG}"
@@ -119,13 +124,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder / CONFIG}: {key}: got {values[key]!r}, need {allowed[0]!r}")
     if not isinstance(values.get("r"), int) or values["r"] < 1:
         raise ValueError(f"{folder / CONFIG}: r: got {values.get('r')!r}, need a positive int")
+    alpha = values.setdefault("lora_alpha", 8)
+    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+        raise ValueError(f"{folder / CONFIG}: lora_alpha: got {alpha!r}, need a number")
     return values
 
 
 def _chosen(model: nn.Module, keys: list[str], targets: list[str]) -> list[Site]:
     """The weights that a file's keys and target_parameters name."""
-    named = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in keys}
-    modules = {name.replace(".base_layer", "") for name in named}
+    # the dot before a name stays, so that the model itself has one too: the empty one
+    named = {key.removeprefix(_PREFIX.rstrip(".")).partition(".lora_")[0] for key in keys}
+    modules = {name.replace(".base_layer", "").removeprefix(".") for name in named}
     return [
         site
         for site in sites(model)
@@ -158,8 +167,7 @@ def load_lora(
     chosen = _chosen(model, list(tensors), values.get("target_parameters") or [])
     stems = dict(_keys(chosen))
     _check_tensors(folder, tensors, stems, r)
-    alpha = values.get("lora_alpha", 8)
-    scale = alpha / (math.sqrt(r) if values.get("use_rslora") else r)
+    scale = values["lora_alpha"] / (math.sqrt(r) if values.get("use_rslora") else r)
     names = attach(model, chosen, r, scale, dropout, dtype)
     with torch.no_grad():
         for site, stem in stems.items():

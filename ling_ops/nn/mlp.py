@@ -62,8 +62,12 @@ class MLP(nn.Module):
 
 
 def is_hooked(*modules: nn.Module) -> bool:
-    """Whether something watches or changes what goes into these modules or comes out of them."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    """Whether something watches or changes what goes into these modules or comes out of them:
+    a hook, or a forward that was set on the module itself, as accelerate does."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        for module in modules
+    )
 
 
 def add_linear_(x: torch.Tensor, linear: nn.Module, a: torch.Tensor) -> None:

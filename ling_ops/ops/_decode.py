@@ -28,8 +28,8 @@ def batch_invariant() -> Iterator[None]:
     """One path for batches of all sizes in a block: `moe_mlp` without its kernels for few tokens.
 
     A token's result is then bitwise the same in every batch, with gradients or without; few tokens
-    take longer (bench/results has both). The choice holds for the whole process, not for one
-    thread; a CUDA graph keeps that of its capture.
+    take longer. The choice holds for the whole process, not for one thread; a CUDA graph keeps that
+    of its capture.
     """
     global _one_path
     before, _one_path = _one_path, True

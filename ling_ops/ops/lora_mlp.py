@@ -19,6 +19,7 @@ from .moe_mlp import (
     _KERNEL_STEPS,
     _check_biases,
     _check_gate,
+    _check_limit,
     _check_routing,
     _check_weights,
     moe_mlp,
@@ -91,6 +92,7 @@ def lora_mlp(
     _checks.dtype("down_proj", down_proj, (x.dtype,))
     _check_gate(x, weights, indices)
     _check_biases(x, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    _check_limit(activation, swiglu_limit)
     experts = down_proj.shape[0]
     _check_routing(routing, indices, experts)
     low = {

@@ -67,6 +67,16 @@ def _check_gate(x: Tensor, weights: Tensor, indices: Tensor) -> None:
     _checks.same_device("indices", indices, "x", x)
 
 
+def _check_limit(activation: str, swiglu_limit: float | None) -> None:
+    if swiglu_limit is None:
+        return
+    if activation not in GATED:
+        raise ValueError(
+            f"swiglu_limit must be None for activation {activation!r}, got {swiglu_limit}"
+        )
+    _checks.positive("swiglu_limit", swiglu_limit)
+
+
 def _check_routing(routing: Routing | None, indices: Tensor, num_experts: int) -> None:
     if routing is None:
         return
@@ -129,12 +139,7 @@ def moe_mlp(
     _check_gate(x, weights, indices)
     _check_biases(x, gate_up_proj, down_proj, gate_up_bias, down_bias)
     _check_main_grads(main_grads, gate_up_proj, down_proj)
-    if swiglu_limit is not None:
-        if activation not in GATED:
-            raise ValueError(
-                f"swiglu_limit must be None for activation {activation!r}, got {swiglu_limit}"
-            )
-        _checks.positive("swiglu_limit", swiglu_limit)
+    _check_limit(activation, swiglu_limit)
     num_experts = down_proj.shape[0]
     _check_routing(routing, indices, num_experts)
     unsupported = tensor_core_unsupported(x.dtype, H=x.shape[1], I=down_proj.shape[2])

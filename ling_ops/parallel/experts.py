@@ -33,6 +33,11 @@ class ParallelExperts(Experts):
     ) -> None:
         nn.Module.__init__(self)
         ranks = distributed.get_world_size(group)
+        if any(True for _ in experts.children()):
+            raise ValueError(
+                f"experts must be plain ones, got {type(experts).__name__}: merge_lora and "
+                "remove_lora come first"
+            )
         if experts.num_experts % ranks:
             raise ValueError(
                 f"group must have a number of ranks that divides the {experts.num_experts} "
