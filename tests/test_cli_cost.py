@@ -8,8 +8,11 @@ import json
 import sys
 
 import pytest
+import torch
 
 from ling_ops.cli import cost_tables, main
+from ling_ops.models import LingConfig
+from ling_ops.models.published import write_config
 
 
 def _facts(capsys, *arguments: str) -> dict:
@@ -20,7 +23,7 @@ def _facts(capsys, *arguments: str) -> dict:
 def test_json_has_the_published_parameters(capsys):
     facts = _facts(capsys, "ling-mini-2.0", "--gpus", "8")
     assert facts["parameters"]["total"] == pytest.approx(16.256e9, rel=1e-4)
-    assert facts["training_layout"]["gpus"] == 8 and facts["training"]["gpu_usd"] == 0
+    assert facts["training_layout"]["gpus"] == 8
     assert facts["training_memory_per_gpu"]["peak_gb"] < 80
 
 
@@ -35,6 +38,37 @@ def test_degrees_and_prices_are_used(capsys):
     assert facts["training"]["gpu_usd"] == pytest.approx(2 * facts["training"]["gpu_hours"])
     assert facts["prefill_floor"]["usd_per_million_tokens"] > 0
     assert facts["decoding_floor"]["usd_per_million_tokens"] > 0
+
+
+def test_money_needs_a_price(capsys):
+    facts = _facts(capsys, "tiny", "--usd-per-kwh", "0")
+    assert facts["training"]["gpu_usd"] is None and facts["training"]["energy_usd"] == 0
+    assert facts["decoding_floor"]["usd_per_million_tokens"] is None
+    assert facts["assumptions"]["usd_per_gpu_hour"] is None
+    assert facts["assumptions"]["tokens"] == 1e12
+
+
+def test_a_config_counts_as_its_preset_does(capsys, tmp_path):
+    config = LingConfig.preset("small")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(write_config(config, torch.bfloat16, {})))
+    (tmp_path / "fields.json").write_text(json.dumps(config.to_dict()))
+    known = _facts(capsys, "small")
+    for path in (folder, folder / "config.json", tmp_path / "fields.json"):
+        assert _facts(capsys, str(path))["parameters"] == known["parameters"]
+    changed = _facts(capsys, str(folder), "--model", "num_layers=6")["parameters"]
+    assert 2 * changed["attention"] == known["parameters"]["attention"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"num_layers": 2, "num_experts": 4}',
+                                  '{"architectures": ["GPT"], "hidden_size": 1}'])  # fmt: skip
+def test_a_file_that_is_no_config_is_one_line(capsys, tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert main(["cost", str(path)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "config.json" in shown.err and shown.err.count("\n") == 1
 
 
 def test_one_half_alone(capsys):
@@ -60,6 +94,9 @@ def test_article_table_marks_the_electricity(capsys):
     rows = capsys.readouterr().out.splitlines()
     row = next(line for line in rows if line.strip().startswith("electricity"))
     assert "6.451" in row and "does not follow" in row
+    text = "\n".join(" ".join(line.split()) for line in rows)
+    assert "first token, dense 10T 1,200 to 2,000 at least 1,002 ms follows" in text
+    assert "memory of MoE 10T parameters at most 280 5,000 GB does not follow" in text
 
 
 def test_a_terminal_gets_rich_tables_and_plain_ones_without_rich(monkeypatch):
@@ -91,6 +128,15 @@ def test_a_terminal_gets_rich_tables_and_plain_ones_without_rich(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [(["--usd-per-gpu-hour", "-1"], "usd_per_gpu_hour"), (["--gpu", "x"], "gpu"),
+     (["--usd-per-gpu-hour", "1e300"], "usd_per_gpu_hour"), (["--tokens", "1e300"], "tokens"),
+     (["--tokens", "1e-320"], "tokens"), (["--mfu", "1e-320"], "mfu"), (["--mfu", "nan"], "mfu"),
+     (["--bf16-tflops", "1e300"], "bf16_tflops"), (["--batch-size", "-1"], "batch_size"),
+     (["--batch-size", "9" * 400], "batch_size"), (["--gpus", "9" * 400], "gpus"),
+     (["--model", "hidden_size=" + "9" * 400], "hidden_size"),
+     (["--model", "num_layers=1000000000"], "at most 1,000"),
+     (["--model", "num_experts=1000000000"], "at most 10,000"),
+     (["--dtype", "int1"], "need one of bf16, fp16, fp8"),
+     (["--only", "serving", "--context", "1000000000"], "a shorter context"),
      (["--usd-per-kwh", "-1"], "usd_per_kwh"), (["--tokens", "-5"], "tokens"),
      (["--tokens", "nan"], "tokens"), (["--mfu", "0"], "mfu"), (["--mfu", "1.2"], "mfu"),
      (["--gpus", "1"], "at least"), (["--gpus", "-2"], "gpus"), (["--gpus", "0"], "gpus"),

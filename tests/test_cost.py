@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ling_ops import cost
+from ling_ops.cost.model import experts_read
 from ling_ops.models import PRESETS, LingConfig, LingForCausalLM
 
 FLOORS = [
@@ -31,6 +32,37 @@ def test_layer_times_are_the_recorded_floors(shape, floor):
     assert cost.moe_layer_train_ms(*shape, cost.get_gpu("h100-measured")) == pytest.approx(
         floor, rel=3e-3
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"tokens": 0}, "tokens"), ({"hidden": -1}, "hidden"), ({"choices": 9}, "choices")],
+)  # fmt: skip
+def test_a_layer_without_sense_is_an_error(changes, word):
+    shape = {"tokens": 8, "hidden": 8, "intermediate": 8, "experts": 8, "choices": 2} | changes
+    with pytest.raises(cost.CostError, match=word):
+        cost.moe_layer_train_ms(**shape, gpu=H100)
+
+
+#: E, K, H, I: bytes that the peers' decoding kernels read, as time (us) x bandwidth (TB/s).
+READ = {
+    (256, 8, 2048, 512): {1: 30.0 * 1.68, 4: 81.2 * 2.40, 16: 236 * 2.73, 64: 481 * 2.89},
+    (256, 8, 4096, 1024): {1: 81.0 * 2.49, 4: 278 * 2.75, 16: 860 * 3.03, 64: 1834 * 3.05},
+    (128, 8, 2048, 768): {1: 40.3 * 1.87, 4: 113 * 2.41, 16: 269 * 2.83, 64: 413 * 2.88},
+    (8, 2, 4096, 14336): {1: 252 * 2.80, 4: 653 * 2.97, 16: 926 * 2.95, 64: 961 * 2.93},
+}
+
+
+@pytest.mark.parametrize("shape", READ)
+def test_a_batch_reads_the_experts_that_it_visits(shape):
+    experts, choices, hidden, inner = shape
+    config = LingConfig.preset(
+        "tiny", num_experts=experts, num_experts_per_token=choices, hidden_size=hidden,
+        moe_intermediate_size=inner,
+    )  # fmt: skip
+    for tokens, megabytes in READ[shape].items():
+        read = 2 * 3 * hidden * inner * experts_read(config, tokens)
+        assert read == pytest.approx(megabytes * 1e6, rel=0.04)
 
 
 def test_training_time_by_hand():
@@ -60,6 +92,12 @@ def test_one_sequence_decodes_at_memory_speed():
     assert found.step_ms == pytest.approx(1e3 * streamed / 3.0e12)
     assert found.bound == "bytes"
     assert found.usd_per_million_tokens == pytest.approx(3.0 / 3600 * found.step_ms * 1e3)
+
+
+@pytest.mark.parametrize(("batch", "usd"), [(1, 0.40), (64, 0.10)])
+def test_a_token_costs_what_the_page_says(batch, usd):
+    found = cost.decoding_cost(MINI, H100, cost.Load(batch, 4096), usd_per_gpu_hour=2.0)
+    assert found.usd_per_million_tokens == pytest.approx(usd, rel=0.01)
 
 
 def test_a_long_prompt_is_read_at_the_rate_of_products():
@@ -116,7 +154,9 @@ def test_a_model_that_does_not_fit_has_no_price():
 
 
 def test_a_gpu_of_ones_own():
-    assert cost.get_gpu("h100", power_w=350.0).power_w == 350.0
+    own = cost.get_gpu("H100", power_w=350.0)
+    assert own.power_w == 350.0 and own.bf16_tflops == H100.bf16_tflops
+    assert own.name != H100.name and own.source == f"given: power_w; all else: {H100.source}"
     with pytest.raises(cost.CostError, match="power_w"):
         cost.get_gpu("h100", power_w=-1)
     with pytest.raises(cost.CostError, match="gpu: got 'x'"):

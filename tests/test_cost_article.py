@@ -21,6 +21,7 @@ def _claims(figure: str) -> list[cost.Claim]:
      ("total parameters", 18.63), ("total parameters", 12.49), ("active parameters", 1.669),
      ("Ling-1T: training text", 166.7), ("hidden gains", 2900.0), ("mean use of an expert, "
       "unbalanced", 12.5), ("$ per million tokens, MoE 10T", 1.08),
+     ("Ling-1T over GPT-4: cost of inference", 2.556), ("NPV against API, summary", 0.7),
      ("MoE 10T: hardware", 149.6), ("gain per 10T, 10T to 100T", 0.2)],
 )  # fmt: skip
 def test_what_does_not_follow_is_marked(figure, computed):
@@ -56,7 +57,8 @@ def test_every_table_is_there():
     ("changes", "verdict"),
     [({"computed": 4.84}, "does not follow"), ({"computed": 4.77}, "follows"),
      ({"computed": 4.9, "stated_to": 5.0}, "follows"), ({"computed": None}, "given"),
-     ({"computed": 1.0, "at_most": True}, "follows"), ({"computed": 1.0}, "does not follow"),
+     ({"computed": 1.0, "at_most": True}, "follows"), ({"computed": 1.0, "floor": True}, "follows"),
+     ({"computed": 5.0, "floor": True}, "does not follow"), ({"computed": 1.0}, "does not follow"),
      ({"computed": 5.1, "rounding": 1.0}, "follows")],
 )  # fmt: skip
 def test_a_verdict_knows_ranges_limits_and_rounding(changes, verdict):

@@ -119,6 +119,11 @@ def test_a_given_number_of_gpus_is_used_or_refused():
         cost.serving_layout(MINI, H100, LOAD, gpus=6, tensor_parallel=4)
     with pytest.raises(cost.CostError, match="gpus"):
         cost.serving_layout(MINI, H100, LOAD, gpus=0)
+    with pytest.raises(cost.CostError, match="got 18, over which no layout fits; it fits 16"):
+        load = cost.Load(32, 4096, "fp8")
+        cost.serving_layout(LingConfig.preset("ling-1t"), H100, load, gpus=18)
+    with pytest.raises(cost.CostError, match="tensor_parallel: got 0"):
+        cost.layouts_over(MINI, 8, tensor_parallel=0)
     with pytest.raises(cost.CostError, match="expert_parallel"):
         cost.serving_layout(MINI, H100, LOAD, expert_parallel=-1)
 

@@ -6,62 +6,20 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
+from ling_ops.cli.cost_options import (
+    DEGREES,
+    FIGURES,
+    PRICES,
+    SERVING,
+    TRAINING,
+    add_parser,
+)
 from ling_ops.cli.errors import CommandError
 
-FIGURES = ("bf16_tflops", "fp8_tflops", "memory_gb", "memory_tb_per_s", "power_w")
-DEGREES = ("data_parallel", "tensor_parallel", "expert_parallel")
-
-
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add `cost` to the command's subparsers."""
-    parser = commands.add_parser("cost", help="what training and serving a model takes")
-    parser.add_argument("preset", nargs="?", default="ling-mini-2.0", help="model preset")
-    parser.add_argument("--model", nargs="+", default=[], metavar="NAME=VALUE",
-                        help="changed fields of LingConfig")  # fmt: skip
-    parser.add_argument("--article", action="store_true", help="check the article's figures")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--layouts", action="store_true",
-                        help="memory of every layout of that many GPUs")  # fmt: skip
-    parser.add_argument("--only", choices=("training", "serving"), help="default: both")
-    _add_gpu(parser)
-    _add_training(parser)
-    _add_serving(parser)
-
-
-def _add_gpu(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("GPUs")
-    group.add_argument("--gpu", default="h100", help="a100, h100, h100-measured, h200, b200")
-    for figure in FIGURES:
-        group.add_argument("--" + figure.replace("_", "-"), type=float, help="of your own GPU")
-    group.add_argument("--usd-per-gpu-hour", type=float, default=0.0)
-    group.add_argument("--usd-per-kwh", type=float, default=0.0)
-    group.add_argument("--gpus", type=int, help="default: the least that hold it")
-    group.add_argument("--data-parallel", type=int, help="default: gpus / tensor parallel")
-    group.add_argument("--tensor-parallel", type=int, help="default: searched")
-    group.add_argument("--expert-parallel", type=int, help="default: searched")
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    group.add_argument("--tokens", type=float, default=1e12, help="tokens to train on")
-    group.add_argument("--mfu", type=float, default=0.4, help="share of the peak reached")
-    group.add_argument("--dtype", default="bf16", help="bf16, fp16, or fp8 (products alone)")
-    group.add_argument("--shard", default="full", help="none, optimizer (ZeRO-1) or full (FSDP2)")
-    group.add_argument("--sequence-length", type=int, default=4096)
-    group.add_argument("--micro-batch-size", type=int, default=1,
-                       help="sequences in a forward of one data-parallel rank")  # fmt: skip
-    group.add_argument("--micro-batches", type=int, default=1, help="forwards per step")
-    group.add_argument("--activation-checkpointing", action="store_true")
-
-
-def _add_serving(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("serving")
-    group.add_argument("--batch-size", type=int, default=32, help="sequences served together")
-    group.add_argument("--context", type=int, default=4096, help="tokens of a prompt, cached")
-    group.add_argument("--serve-dtype", default="bf16", help="of weights: bf16, fp16 or fp8")
-    group.add_argument("--kv-dtype", default="bf16", help="of the cache: bf16, fp16 or fp8")
+__all__ = ["add_parser", "collect", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,14 +52,16 @@ def _article() -> dict[str, Any]:
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model under one set of assumptions."""
     from ling_ops import cost
-    from ling_ops.cli.options import parse_model_fields
-    from ling_ops.models import LingConfig
 
-    config = LingConfig.preset(arguments.preset, **parse_model_fields(arguments.model))
+    config = _config(arguments.preset, arguments.model)
     gpu = cost.get_gpu(arguments.gpu, **{name: getattr(arguments, name) for name in FIGURES})
     count = cost.parameters(config)
     flop = cost.flop_per_token(config, arguments.sequence_length, arguments.context)
+    halves = {"serving": TRAINING, "training": SERVING}
+    left_out = halves.get(arguments.only, ())
+    assumed = [name for name in (*TRAINING, *SERVING, *PRICES) if name not in left_out]
     facts = {
+        "assumptions": {"model": arguments.preset, **{k: getattr(arguments, k) for k in assumed}},
         "parameters": {**dataclasses.asdict(count), "total": count.total, "active": count.active},
         "flop_per_token": dataclasses.asdict(flop),
         "memory_by_dtype": _by_dtype(arguments, config),
@@ -114,12 +74,36 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
+def _config(name: str, changes: list[str]) -> Any:
+    """The configuration of a preset, of a checkpoint's folder or of a JSON file."""
+    from ling_ops.cli.options import parse_model_fields
+    from ling_ops.models import PRESETS, LingConfig
+    from ling_ops.models.published import CONFIG, read_config, read_json
+
+    fields, path = parse_model_fields(changes), Path(name)
+    if name in PRESETS:
+        return LingConfig.preset(name, **fields)
+    if not path.exists():
+        known = ", ".join(PRESETS)
+        raise ValueError(
+            f"preset: got {name!r}, need one of {known}, or a folder or file that exists"
+        )
+    values = read_json(path / CONFIG if path.is_dir() else path)
+    own = {"num_layers", "num_experts"} <= set(values)
+    try:
+        config = LingConfig.from_dict(values) if own else read_config(values)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return LingConfig.from_dict({**config.to_dict(), **fields})
+
+
 def _by_dtype(arguments: argparse.Namespace, config: Any) -> list[dict[str, Any]]:
     """Whole weights, training states, activations of a forward, and KV cache, on no layout."""
     from ling_ops import cost
 
     rows = []
-    cached = arguments.batch_size * arguments.context
+    load = cost.Load(arguments.batch_size, arguments.context)
+    cached = load.batch_size * load.context
     for dtype in ("fp32", "bf16", "fp8"):
         row = {"dtype": dtype, "weight_gb": cost.weight_bytes(config, dtype) / 1e9,
                "kv_cache_gb": cost.kv_cache_bytes(config, cached, dtype) / 1e9}  # fmt: skip
@@ -170,13 +154,15 @@ def _training(arguments: argparse.Namespace, config: Any, gpu: Any) -> dict[str,
         "dtype": arguments.dtype, "micro_batches": arguments.micro_batches,
         "activation_checkpointing": arguments.activation_checkpointing,
     }  # fmt: skip
+    gpu.rate_flop_per_s(arguments.dtype)  # before anything takes it for a dtype of memory
     held = {**step, "dtype": "bf16"} if arguments.dtype == "fp8" else step
     layout = cost.training_layout(config, gpu, shard=arguments.shard, **_degrees(arguments), **held)
     memory = cost.training_memory(config, layout=layout, **held)
     training = cost.training_cost(
         config, arguments.tokens, gpu, layout=layout, mfu=arguments.mfu, **step,
-        usd_per_gpu_hour=arguments.usd_per_gpu_hour, usd_per_kwh=arguments.usd_per_kwh,
+        **_prices(arguments, tuple(PRICES)),
     )  # fmt: skip
+    money = {"usd_per_gpu_hour": "gpu_usd", "usd_per_kwh": "energy_usd"}
     rows = {}
     if arguments.layouts:
         rows["training_layouts"] = _layout_rows(
@@ -186,7 +172,11 @@ def _training(arguments: argparse.Namespace, config: Any, gpu: Any) -> dict[str,
         **rows,
         "training_layout": {"gpus": layout.gpus, **dataclasses.asdict(layout)},
         "training_memory_per_gpu": _gigabytes(memory),
-        "training": {**dataclasses.asdict(training), "days": training.seconds / 86400},
+        "training": {
+            **dataclasses.asdict(training),
+            "days": training.seconds / 86400,
+            **_without_price(arguments, money),
+        },
     }
 
 
@@ -197,7 +187,8 @@ def _serving(arguments: argparse.Namespace, config: Any, gpu: Any) -> dict[str, 
         arguments.batch_size, arguments.context, arguments.serve_dtype, arguments.kv_dtype
     )
     layout = cost.serving_layout(config, gpu, load, **_degrees(arguments))
-    price = {"layout": layout, "usd_per_gpu_hour": arguments.usd_per_gpu_hour}
+    price = {"layout": layout, **_prices(arguments, ("usd_per_gpu_hour",))}
+    money = _without_price(arguments, {"usd_per_gpu_hour": "usd_per_million_tokens"})
     prefill = cost.prefill_cost(config, gpu, load, **price)
     decoding = cost.decoding_cost(config, gpu, load, **price)
     degrees = {name: getattr(layout, name) for name in ("data", "tensor", "expert")}
@@ -210,9 +201,20 @@ def _serving(arguments: argparse.Namespace, config: Any, gpu: Any) -> dict[str, 
         **rows,
         "serving_layout": {"gpus": layout.gpus, **degrees},
         "serving_memory_per_gpu": _gigabytes(cost.serving_memory(config, load, layout=layout)),
-        "prefill_floor": dataclasses.asdict(prefill),
-        "decoding_floor": dataclasses.asdict(decoding),
+        "prefill_floor": {**dataclasses.asdict(prefill), **money},
+        "decoding_floor": {**dataclasses.asdict(decoding), **money},
     }
+
+
+def _prices(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, float]:
+    """The prices that were stated."""
+    stated = {name: getattr(arguments, name) for name in names}
+    return {name: price for name, price in stated.items() if price is not None}
+
+
+def _without_price(arguments: argparse.Namespace, money: dict[str, str]) -> dict[str, None]:
+    """None for every sum of `money` (price -> sum) whose price was not stated."""
+    return {total: None for price, total in money.items() if getattr(arguments, price) is None}
 
 
 def _gigabytes(memory: Any) -> dict[str, float]:

@@ -19,7 +19,7 @@ def show(facts: dict[str, Any]) -> None:
             return
         except ImportError:
             pass
-    print(render(tables))
+    print("\n\n".join(render({title: rows}).strip() for title, rows in tables.items()))
 
 
 def _tables(facts: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
@@ -29,10 +29,12 @@ def _tables(facts: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
     tables: dict[str, list[dict[str, str]]] = {}
     for claim in facts["article"]:
         row = {column: _word(claim[column]) for column in _COLUMNS}
-        if claim["at_most"]:
-            row["stated"] = f"at most {_word(claim['stated_to'] or claim['stated'])}"
-        elif claim["stated_to"] is not None:
+        if claim["stated_to"] is not None:
             row["stated"] += f" to {_word(claim['stated_to'])}"
+        if claim["at_most"]:
+            row["stated"] = "at most " + row["stated"]
+        if claim["floor"]:
+            row["computed"] = "at least " + row["computed"]
         tables.setdefault(claim["table"], []).append(row)
     return tables
 

@@ -12,6 +12,7 @@ from ling_ops.models import LingConfig
 from ling_ops.nn._common import is_gated
 
 from .gpu import CostError, need_integer
+from .model import check_size
 
 #: Bytes of an element of a dtype that trains.
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -189,6 +190,7 @@ def activation_bytes(
     few [T,E] tensors are left out. Raises CostError for sizes below 1 and unknown dtypes.
     """
     batch = Batch(batch_size, sequence_length, dtype)
+    check_size(config)
     moe = config.layer_types.count("moe")
     dense = config.num_layers - moe
     if activation_checkpointing:

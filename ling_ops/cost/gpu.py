@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+#: What a number and a whole number may be: products and quotients of these stay finite.
+SMALLEST, LARGEST, LARGEST_INTEGER = 1e-24, 1e24, 10**15
 FIGURES = ("bf16_tflops", "fp8_tflops", "memory_gb", "memory_tb_per_s", "power_w")
 
 
@@ -14,19 +15,31 @@ class CostError(ValueError):
     """An input that makes no sense; the text names it, what it is and what it must be."""
 
 
-def need(name: str, value: float, *, least: float = 0.0, above: bool = True) -> float:
-    """`value` if it is finite and above (or at least) `least`; CostError otherwise."""
-    fits = isinstance(value, (int, float)) and math.isfinite(value)
-    if not fits or value < least or (above and value == least):
-        word = "above" if above else "at least"
-        raise CostError(f"{name}: got {value}, need a number {word} {least:g}")
+def need(name: str, value: float, *, above: bool = True) -> float:
+    """`value` if it is a positive number (or 0, unless `above`); CostError otherwise."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not fits or not (SMALLEST <= value <= LARGEST or (value == 0 and not above)):
+        zero = "" if above else "0 or "
+        raise CostError(
+            f"{name}: got {short(value)}, need {zero}a positive number "
+            f"({SMALLEST:g} to {LARGEST:g})"
+        )
     return value
 
 
+def short(value: object) -> str:
+    """`value` as it was given, cut where it would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
 def need_integer(name: str, value: int, least: int = 1) -> int:
-    """`value` if it is an int of at least `least`; CostError otherwise."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise CostError(f"{name}: got {value!r}, need an int of at least {least}")
+    """`value` if it is an int of at least `least` and at most 10^15; CostError otherwise."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value <= LARGEST_INTEGER:
+        raise CostError(
+            f"{name}: got {short(value)}, need an int of at least {least} and at most 10^15"
+        )
     return value
 
 
@@ -88,9 +101,16 @@ def gpus() -> dict[str, GPU]:
 
 
 def get_gpu(name: str, **figures: float | None) -> GPU:
-    """A known GPU, with the figures that are not None in place of its own."""
+    """A known GPU, with the figures that are not None in place of its own.
+
+    Its name and its source then say so.
+    """
     known = gpus()
-    if name not in known:
+    if name.lower() not in known:
         raise CostError(f"gpu: got {name!r}, need one of {', '.join(known)}")
+    gpu = known[name.lower()]
     given = {key: value for key, value in figures.items() if value is not None}
-    return replace(known[name], **given, **({"source": "given"} if given else {}))
+    if not given:
+        return gpu
+    source = f"given: {', '.join(given)}; all else: {gpu.source}"
+    return replace(gpu, **given, name=f"{gpu.name} (figures changed)", source=source)

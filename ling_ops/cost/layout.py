@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ling_ops.models import LingConfig
 
 from .gpu import CostError, need_integer
-from .model import Parameters, parameters
+from .model import Parameters, check_size, parameters
 
 SHARDS = ("none", "optimizer", "full")
 
@@ -53,6 +53,7 @@ class Layout:
 
     def check(self, config: LingConfig) -> None:
         """CostError where a degree does not divide what it is to divide."""
+        check_size(config)
         if config.num_experts % self.expert:
             raise CostError(
                 f"expert_parallel: got {self.expert}, need a divisor of "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ling_ops.models import LingConfig
 from ling_ops.nn._common import is_gated
 
-from .gpu import GPU, need_integer
+from .gpu import GPU, CostError, need_integer, short
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,19 @@ class Parameters:
         return self.total - self.idle_experts
 
 
+#: Beyond these no model is meant: a search over layouts would not end, or a product overflow.
+MOST_LAYERS, MOST_EXPERTS, MOST_SIZE = 1000, 10**4, 10**8
+
+
+def check_size(config: LingConfig) -> None:
+    """CostError where a size is far beyond that of any model."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        most = {"num_layers": MOST_LAYERS, "num_experts": MOST_EXPERTS}.get(field.name, MOST_SIZE)
+        if isinstance(value, int) and value > most:
+            raise CostError(f"{field.name}: got {short(value)}, need at most {most:,}")
+
+
 def mlp_parameters(config: LingConfig, width: int) -> int:
     """Parameters of one feed-forward of inner width `width`."""
     matrices = 3 if is_gated(config.activation) else 2
@@ -44,6 +57,7 @@ def mlp_parameters(config: LingConfig, width: int) -> int:
 
 def parameters(config: LingConfig) -> Parameters:
     """Counts what `LingForCausalLM.count_parameters` counts, part by part, without a model."""
+    check_size(config)
     hidden, layers, moe = config.hidden_size, config.num_layers, config.layer_types.count("moe")
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     expert = mlp_parameters(config, config.moe_intermediate_size)
@@ -103,8 +117,14 @@ def moe_layer_train_ms(
     """Floor of forward and backward of one SwiGLU MoE layer in bf16, without router, in ms.
 
     Per stage the larger of FLOP and bytes: up (h and a are written), down, combine, dact, dW down,
-    dx rows, dW up, combine.
+    dx rows, dW up, combine. Raises CostError for sizes without sense and for choices > experts.
     """
+    sizes = {"tokens": tokens, "hidden": hidden, "intermediate": intermediate,
+             "experts": experts, "choices": choices}  # fmt: skip
+    for name, size in sizes.items():
+        need_integer(name, size)
+    if choices > experts:
+        raise CostError(f"choices: got {choices}, need at most experts={experts}")
     rows, h, i = tokens * choices, hidden, intermediate
     flop, x, down = 2 * rows * h * i, tokens * h, experts * h * i
     return 1e3 * _seconds(

@@ -9,15 +9,18 @@ from ling_ops.models import LingConfig
 from .gpu import GPU, CostError, need_integer
 from .layout import Layout
 
+#: What may help a model that does not fit.
+TRAINING_HINT = "use activation checkpointing, shard=full, fewer or shorter sequences"
+SERVING_HINT = "use fp8, fewer sequences or a shorter context"
 #: Tensor parallel stays inside of a host; data parallel ends somewhere.
 MOST_TENSOR, MOST_DATA = 8, 2**20
 
 
 def _degrees(config: LingConfig, tensor: int | None, expert: int | None) -> Iterator[Layout]:
     """The smallest layout of every (tensor, expert) that divides the model."""
-    tensors = [tensor] if tensor else [2**i for i in range(MOST_TENSOR.bit_length())]
-    experts = range(1, config.num_experts + 1)
-    experts = [expert] if expert else [n for n in experts if config.num_experts % n == 0]
+    tensors = [tensor] if tensor is not None else [2**i for i in range(MOST_TENSOR.bit_length())]
+    experts = [n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0]
+    experts = experts if expert is None else [expert]
     refused, divides = None, False
     for t in tensors:
         for e in experts:
@@ -58,6 +61,7 @@ def least_layout(
     tensor_parallel: int | None = None,
     expert_parallel: int | None = None,
     shard: str = "none",
+    hint: str = TRAINING_HINT,
 ) -> Layout:
     """The layout of the fewest GPUs whose `peak_bytes` are at most the memory of one.
 
@@ -85,9 +89,9 @@ def least_layout(
             smallest = need if smallest is None else min(smallest, need)
     if best is None:
         raise CostError(
-            f"model: does not fit {gpu.name} in any number: one takes at least "
-            f"{smallest / 1e9:,.1f} GB of its {gpu.memory_gb:g} GB; use activation checkpointing, "
-            "shard=full, fewer or shorter sequences, or more tensor or expert parallel"
+            f"model: does not fit {gpu.name} in any number: one would hold at least "
+            f"{smallest / 1e9:.4g} GB in {gpu.memory_gb:g} GB; {hint}, or more tensor or expert "
+            "parallel"
         )
     return best
 
@@ -124,6 +128,7 @@ def layout_of(
     tensor_parallel: int | None = None,
     expert_parallel: int | None = None,
     shard: str = "none",
+    hint: str = TRAINING_HINT,
 ) -> Layout:
     """The layout over exactly `gpus` GPUs that fits, with the least tensor, then expert parallel.
 
@@ -137,9 +142,12 @@ def layout_of(
             return layout
     least = least_layout(
         config, peak_bytes, gpu, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel,
-        shard=shard,
+        shard=shard, hint=hint,
     )  # fmt: skip
+    what = f"need at least {least.gpus}"
+    if gpus > least.gpus:
+        what = f"over which no layout fits; it fits {least.gpus}"
     raise CostError(
-        f"gpus: got {gpus}, need at least {least.gpus} of {gpu.name} (tensor parallel "
-        f"{least.tensor}, expert parallel {least.expert}, shard {shard})"
+        f"gpus: got {gpus}, {what} of {gpu.name} (tensor parallel {least.tensor}, expert parallel "
+        f"{least.expert}, shard {shard})"
     )

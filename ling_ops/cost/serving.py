@@ -10,7 +10,7 @@ from ling_ops.models import LingConfig
 from .gpu import GPU, CostError, need, need_integer
 from .layout import Layout
 from .model import Parameters, experts_read, flop_per_token, parameters
-from .search import layout_of, least_layout
+from .search import SERVING_HINT, layout_of, least_layout
 
 #: Bytes of a weight; fp8 keeps embedding, head, norms and routers in bf16, as Ling 2.0 does.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -117,7 +117,8 @@ def serving_layout(
     def peak_bytes(layout: Layout) -> int:
         return serving_memory(config, load, layout=layout).peak_bytes
 
-    degrees = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
+    degrees = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel,
+               "hint": SERVING_HINT}  # fmt: skip
     if gpus is None:
         return least_layout(config, peak_bytes, gpu, **degrees)
     return layout_of(config, gpus, peak_bytes, gpu, **degrees)

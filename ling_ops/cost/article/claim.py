@@ -23,7 +23,8 @@ class Claim:
     how: str
     stated_to: float | None = None
     rounding: float = 0.0  #: unit of the stated figure's last digit
-    at_most: bool = False  #: the stated figure is a limit (or has a floor), not a value
+    at_most: bool = False  #: `stated` is a limit for `computed`, not a value
+    floor: bool = False  #: `computed` is the least that it can be, not a value
 
     @property
     def verdict(self) -> str:
@@ -35,7 +36,7 @@ class Claim:
             return GIVEN
         high = self.stated if self.stated_to is None else self.stated_to
         slack = max(TOLERANCE * abs(high), self.rounding / 2)
-        low = float("-inf") if self.at_most else self.stated - slack
+        low = float("-inf") if self.at_most or self.floor else self.stated - slack
         return FOLLOWS if low <= self.computed <= high + slack else WRONG
 
     @property

@@ -40,7 +40,7 @@ def _serving_columns() -> list[Claim]:
     c = of_table("key figures")
     a100, h100 = gpus()["a100"].flop_per_s, gpus()["h100"].flop_per_s
     queries = "the table for 1e8 queries, of 1000 tokens (assumed)"
-    floor = "2 * active * 1000 tokens at the full rate of "
+    rate = "2 * active * 1000 tokens at the full rate of "
     claims = [
         c("$ per million tokens, 1.8T", (3, 6), None, "$"),
         c("$ per million tokens, dense 10T", (45, 80), 456e3 / 1e11 * 1e6, "$", queries),
@@ -49,9 +49,9 @@ def _serving_columns() -> list[Claim]:
         c("trillions over 100B class, dense", (3, 8), 62.5 / 4.5, "x", "middles: $62.5 / $4.5"),
         c("first token, 1.8T", (200, 400), None, "ms"),
         c("first token, dense 10T", (1200, 2000), 1e3 * 2e16 / (64 * a100), "ms",
-          "at least: " + floor + "64 A100", at_most=True),
+          rate + "64 A100", floor=True),
         c("first token, MoE 10T", (350, 600), 1e3 * 4e15 / (16 * h100), "ms",
-          "at least: " + floor + "16 H100", at_most=True),
+          rate + "16 H100", floor=True),
     ]  # fmt: skip
     for name, stated, size, hardware in (
         ("1.8T", 80, 1.8e12, "one A100"), ("dense 10T", 640, 10e12, "8 A100"),
@@ -96,18 +96,24 @@ def _models() -> list[Claim]:
     return [
         *claims,
         c("GPT-4: parameters", 1.8, 1.8, "T", "the first table"),
+        c("GPT-4: training FLOP", 2.1e25, None, "FLOP"),
         c("GPT-4: training", 63, 60, "M$", "the first table"),
         c("GPT-4: training FLOP, share of peak", 100, _needed_percent(2.1e25, 25e3, 90), "%",
           "2.1e25 FLOP on 25000 H100 in 90 days", at_most=True),
+        c("Ling-1T: parameters", 10, 10, "T", "the first table"),
+        c("Ling-1T: training FLOP", 5e26, None, "FLOP"),
         c("Ling-1T: training", 400, 390.3, "M$", "the sum of its breakdown", rounding=100),
         c("Ling-1T: training FLOP, share of peak", 100, _needed_percent(5e26, 40e3, 120), "%",
           "5e26 FLOP on 40000 H100 in 120 days, 989 TFLOP/s each", at_most=True),
         c("Ling-1T: training text", 10, tokens * 4 / 1e12, "TB",
           f"5e26 / (6 * 2T) = {tokens / 1e12:.1f}T tokens of 4 bytes (assumed), read once"),
+        c("GPT-3: relative cost of inference", 1, None, "x", "the unit of this column"),
         c("PaLM: relative cost of inference", 3.1, 540 / 175, "x", "540B / 175B", rounding=0.1),
         c("GPT-4: relative cost of inference", 3.5, None, "x", "active parameters not given"),
         c("GPT-4.5: relative cost of inference", 4.8, None, "x", "active parameters not given"),
         c("Ling-1T: relative cost of inference", 5.2, 2000 / 175, "x", "2T active / 175B"),
+        c("Ling-1T over GPT-4: cost of inference", 5.2 / 3.5, 11.5 / 4.5, "x",
+          "5.2 / 3.5 against the first table's middles, $11.5 / $4.5"),
     ]  # fmt: skip
 
 
