@@ -74,6 +74,9 @@ def test_a_published_checkpoint_keeps_its_tokenizer(trained, tmp_path, capsys):
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(["def name(x): return x"] * 9, vocab_size=290)
     tokenizer.save(str(tmp_path / "whole" / "tokenizer.json"))
+    beside = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    for name in beside[1:]:
+        (tmp_path / "whole" / name).write_text('{"mine": 1}', encoding="utf-8")
     given = arguments((tmp_path / "whole", trained[1]), tmp_path / "half", "--keep", "0.5")
     assert main(given) == 0
     half = LingForCausalLM.from_pretrained(tmp_path / "half")
@@ -81,8 +84,9 @@ def test_a_published_checkpoint_keeps_its_tokenizer(trained, tmp_path, capsys):
     assert half.lm_head.weight.dtype == torch.bfloat16
     said = json.loads((tmp_path / "half" / "config.json").read_text())
     assert said["num_experts"] == 16 and said["architectures"] == ["BailingMoeV2ForCausalLM"]
-    for name in ("whole", "half"):
-        assert (tmp_path / name / "tokenizer.json").read_bytes()
+    for name in beside:
+        assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob(".writing-*"))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +125,37 @@ def test_a_folder_that_is_not_empty(trained, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_interrupted_write_leaves_no_half_folder(
+    error, exists, trained, tmp_path, monkeypatch, capsys
+):
+    """It ends between weights and configuration; the same command then goes through."""
+    from ling_ops.models import pretrained
+
+    def stop(*_):
+        raise error
+
+    output = tmp_path / "small"
+    if exists:
+        output.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrained, "write_json", stop)
+        assert main(arguments(trained, output, "--keep", "0.5")) != 0
+    assert [path.name for path in tmp_path.rglob("*")] == ["small"] * exists
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(arguments(trained, output, "--keep", "0.5")) == 0
+    assert LingForCausalLM.from_pretrained(output).config.num_experts == 2
+
+
+def test_a_folder_below_a_file(trained, tmp_path, capsys):
+    """Said before the experts are measured."""
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(arguments(trained, tmp_path / "mine.txt" / "x", "--keep", "0.5")) == 2
+    said = capsys.readouterr()
+    assert "mine.txt' is a file" in said.err and "measuring" not in said.out
+
+
 def test_a_folder_that_is_a_file(trained, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(arguments(trained, tmp_path / "mine.txt", "--keep", "0.5")) == 2
@@ -133,5 +168,8 @@ def test_the_share_that_is_told_is_that_of_the_kept(capsys):
              "num_experts_per_token": 2, "num_groups": 4, "topk_groups": 2}  # fmt: skip
     model = LingForCausalLM(LingConfig.preset("tiny", **sizes))
     scores = {0: torch.tensor([9.0, 8, 7, 6, 1, 1, 1, 1])}
-    prune._conclude(model, prune_experts(model, scores, keep=0.5), scores, Path("x"))
-    assert "4 of 8 experts held 52.9%" in capsys.readouterr().out
+    prune._conclude(model, prune_experts(model, scores, keep=0.5), scores, Path("x"), 0.5)
+    said = capsys.readouterr().out
+    assert "4 of 8 experts held 52.9%" in said and "asked for" not in said
+    prune._conclude(model, prune_experts(model, scores, keep=0.3), scores, Path("x"), 0.3)
+    assert "kept 50% of the experts where 30% were asked for" in capsys.readouterr().out

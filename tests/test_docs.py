@@ -14,6 +14,8 @@ import pytest
 import torch
 from cli_runner import environment, run_here, write_text
 
+import ling_ops
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -110,6 +112,34 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         else:
             assert language == "python", f"a block of {page} names the language {language!r}"
             exec(compile(code, page, "exec"), names)
+
+
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_code_hides_from_these_tests(page):
+    """What would be shown as code, or be run, by a reader and not here."""
+    text = page.read_text(encoding="utf-8")
+    code = "".join(code for _, code in BLOCK.findall(text))
+    assert not re.search(r"^\s*~~~|<pre|^[ \t]+```", text, re.MULTILINE)
+    assert "__main__" not in code and "sys.exit" not in code
+    assert {path.parent for path in DOCS.rglob("*.md")} == {DOCS}
+
+
+def test_every_operator_is_shown():
+    """A public function that no page calls is one that no newcomer finds."""
+    code = "".join(code for page in PAGES for _, code in BLOCK.findall(page.read_text("utf-8")))
+    functions = [name for name in ling_ops.__all__ if name[0].islower() and name[0] != "_"]
+    assert [name for name in functions if f"ling_ops.{name}(" not in code] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_picture_is_there(page):
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: {target}"
 
 
 @pytest.mark.filterwarnings("ignore::ling_ops.ops._backend.FallbackWarning")

@@ -77,6 +77,19 @@ def test_importance_is_that_of_a_plain_loop(variant, by, device):
         torch.testing.assert_close(found[index], truth, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("by", CRITERIA)
+def test_padding_counts_nowhere(by, device):
+    """Two sequences, the second one cut: as each by itself, without what fills it up."""
+    model = make(device)
+    ids = batches(device)[0][:2]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 6:] = False
+    found = expert_importance(model, [(ids, mask)], by=by)
+    alone = expert_importance(model, [ids[:1], ids[1:, :6]], by=by)
+    for index, scores in alone.items():
+        torch.testing.assert_close(found[index], scores, rtol=1e-6, atol=1e-9)
+
+
 def test_importance_leaves_no_trace(device):
     model = make(device).train()
     before = {name: t.clone() for name, t in model.state_dict().items()}

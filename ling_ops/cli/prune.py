@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ling_ops.cli.errors import CommandError, require_extra
+from ling_ops.cli.errors import CommandError, describe_os_error, require_extra
 from ling_ops.cli.text import TOKENIZER
 
 CRITERIA = ("usage", "gate-mass", "output-norm")
+#: what stays true of a smaller model, and what other programs look for beside the weights
+BESIDE = (
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -52,11 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ling_ops.cli.generate import load
     from ling_ops.models.pruning import expert_importance, prune_experts
 
-    output = Path(arguments.output)
-    if output.exists() and not output.is_dir():
-        raise CommandError(f"--output {arguments.output!r} is a file", code=2)
-    if output.exists() and any(output.iterdir()):
-        raise CommandError(f"--output {arguments.output!r} is not empty", code=2)
+    output = Path(arguments.output).absolute()
+    _check_output(output)
     model, codec = load(arguments)
     batches = measuring_batches(arguments, codec, model.config.vocab_size)
     print(f"measuring {sum(b.numel() for b in batches):,} tokens by {arguments.by}", flush=True)
@@ -65,12 +68,39 @@ def run(arguments: argparse.Namespace) -> int:
         smaller = prune_experts(model, importance, keep=arguments.keep)
     except ValueError as error:
         raise CommandError(str(error), code=2) from error
-    smaller.save_pretrained(output)
-    tokenizer = Path(arguments.checkpoint) / TOKENIZER
-    if tokenizer.is_file():
-        shutil.copy(tokenizer, output / TOKENIZER)
-    _conclude(model, smaller, importance, output)
+    _write(smaller, output, Path(arguments.checkpoint))
+    _conclude(model, smaller, importance, Path(arguments.output), arguments.keep)
     return 0
+
+
+def _check_output(output: Path) -> None:
+    """CommandError where the folder cannot be written: asked before the experts are measured."""
+    if output.is_dir() and any(output.iterdir()):
+        raise CommandError(f"--output {str(output)!r} is not empty", code=2)
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        raise CommandError(f"--output {str(output)!r}: {str(there)!r} is a file", code=2)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CommandError(f"--output {str(output)!r}: no permission to write in {str(there)!r}")
+
+
+def _write(model: Any, output: Path, source: Path) -> None:
+    """Write the checkpoint beside its place first: the folder is whole, or there is none."""
+    temporary = output.with_name(f".writing-{output.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        for name in BESIDE:
+            if (source / name).is_file():
+                shutil.copy(source / name, temporary / name)
+        if output.is_dir():
+            output.rmdir()  # empty: was asked before
+        temporary.rename(output)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise describe_os_error(error, f"writing {str(output)!r}") from error
+        raise
 
 
 def measuring_batches(arguments: argparse.Namespace, codec: Any, vocab_size: int) -> list[Any]:
@@ -84,7 +114,9 @@ def measuring_batches(arguments: argparse.Namespace, codec: Any, vocab_size: int
     return list(windows[:, :-1].split(arguments.batch_size))
 
 
-def _conclude(model: Any, smaller: Any, importance: dict[int, Any], output: Path) -> None:
+def _conclude(
+    model: Any, smaller: Any, importance: dict[int, Any], output: Path, keep: float
+) -> None:
     from ling_ops.models.pruning import kept_experts
 
     before, after = model.count_parameters(), smaller.count_parameters()
@@ -97,6 +129,12 @@ def _conclude(model: Any, smaller: Any, importance: dict[int, Any], output: Path
         f"wrote {output}: {kept} experts per layer, {after.total:,} of {before.total:,} parameters "
         f"({after.total / before.total:.1%})"
     )
+    whole, groups = model.config.num_experts, smaller.config.num_groups
+    if abs(kept / whole - keep) >= 1 / whole:
+        print(
+            f"kept {kept / whole:.0%} of the experts where {keep:.0%} were asked for: each of the "
+            f"{groups} groups keeps as many"
+        )
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -35,12 +35,17 @@ def _contribution(layer: MoE, x: Tensor, routed: RouterOutput, by: str) -> Tenso
 
 
 @contextlib.contextmanager
-def _watching(model: LingForCausalLM, by: str, scores: dict[int, Tensor]) -> Iterator[None]:
-    """Adds to ``scores`` what each forward of the model's routers sends to their experts."""
+def _watching(
+    model: LingForCausalLM, by: str, scores: dict[int, Tensor], real: list[Tensor | None]
+) -> Iterator[None]:
+    """Adds to ``scores`` what each forward of the model's routers sends to their experts, of the
+    tokens where ``real[-1]`` [B, S] says so (None: all)."""
 
     def watch(index: int, layer: MoE):
         def add(router, inputs, routed: RouterOutput) -> None:
             added = _contribution(layer, inputs[0], routed, by)
+            if real[-1] is not None:
+                added = torch.where(real[-1].reshape(-1, 1), added, 0.0)
             scores[index].index_add_(0, routed.indices.flatten().long(), added.flatten())
 
         return layer.gate.register_forward_hook(add)
@@ -55,13 +60,17 @@ def _watching(model: LingForCausalLM, by: str, scores: dict[int, Tensor]) -> Ite
 
 @torch.no_grad()
 def expert_importance(
-    model: LingForCausalLM, batches: Iterable[Tensor], *, by: str = "usage"
+    model: LingForCausalLM,
+    batches: Iterable[Tensor | tuple[Tensor, Tensor]],
+    *,
+    by: str = "usage",
 ) -> dict[int, Tensor]:
     """How much each expert does on the given text.
 
     Args:
         model: in eval mode, or it is put there meanwhile.
-        batches: token ids [B, S] each, without padding.
+        batches: token ids [B, S] each, or pairs of them and a token_mask [B, S] bool that is False
+            at padding, which then counts nowhere.
         by: "usage", the tokens that chose the expert; "gate-mass", the sum of its gate weights;
             "output-norm", the sum over tokens of the L2 norm of gate weight times its output.
 
@@ -81,16 +90,18 @@ def expert_importance(
     }
     if not scores:
         raise ValueError("model: got one without MoE layers, need at least one")
-    seen = 0
+    real: list[Tensor | None] = [None]  # of each batch so far
     model.eval()
     try:
-        with _watching(model, by, scores):
-            for seen, ids in enumerate(batches, start=1):  # noqa: B007 - counted
-                model(ids.to(device), last_logits_only=True)
+        with _watching(model, by, scores, real):
+            for batch in batches:
+                ids, mask = (batch, None) if isinstance(batch, Tensor) else batch
+                real.append(None if mask is None else mask.to(device))
+                model(ids.to(device), token_mask=real[-1], last_logits_only=True)
     finally:
         for module, training in modes.items():
             module.training = training
-    if not seen:
+    if len(real) == 1:
         raise ValueError("batches: got none, need at least one")
     return scores
 

@@ -16,8 +16,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "the article held. Writes DIR/NAME.json and DIR/NAME.png.",
     )
     parser.add_argument("name", choices=NAMES, help="which claim")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per variant")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps per run (default: 300)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per variant (3)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="steps per run (default: 300; more than 3)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), auto, cuda or cuda:N")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "fp32", "bf16"),
@@ -40,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     require_extra("study")
     setup = make_setup(arguments)
+    print(f"{setup.command}: a line follows each run, tables at the end", flush=True)
     study = importlib.import_module(f"ling_ops.cli.study.{arguments.name}")
     conclude(study.run(setup), setup)
     return 0

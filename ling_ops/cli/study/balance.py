@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from ling_ops.cli.study.measures import extremes, of_balance, of_run
-from ling_ops.cli.study.report import Result, Table, Verdict
+from ling_ops.cli.study.measures import extremes, mean_of, of_balance, of_run
+from ling_ops.cli.study.report import Result, Table, Verdict, count_of, span
 from ling_ops.cli.study.trial import Setup, Trained, Variant, each
 
 CLAIM = (
@@ -15,6 +15,11 @@ CLAIM = (
 )
 NONE, BIAS = "none", "loss-free bias"
 UNEVEN, EVEN = 30 / 12.5, (12 / 12.5, 15 / 12.5)
+#: what is followed over training: title -> measure of an event's layers
+FOLLOWED = {
+    "most used expert, x fair": "", "MaxVio": "max_vio", "spread (cv)": "cv",
+    "entropy over log E": "entropy", "dead experts per layer": "dead_experts",
+}  # fmt: skip
 
 
 def variants(setup: Setup) -> list[Variant]:
@@ -32,40 +37,58 @@ def variants(setup: Setup) -> list[Variant]:
 
 def run(setup: Setup) -> Result:
     """Train all variants and compare the shares of the last quarter of the steps."""
-    table, curves = Table("balance"), {}
+    table, curves = Table("balance"), {title: {} for title in FOLLOWED}
     for variant, _, trained in each(setup, variants(setup)):
         table.add(variant.name, {**of_run(trained), **of_balance(trained)})
-        curves.setdefault(variant.name, []).append(_most_used(trained))
+        for title, measure in FOLLOWED.items():
+            curves[title].setdefault(variant.name, []).append(followed(trained, measure))
     means = {
-        name: [(s[0][0], statistics.fmean(v for _, v in s)) for s in zip(*runs, strict=True)]
-        for name, runs in curves.items()
+        title: {name: mean_curve(runs) for name, runs in by_name.items()}
+        for title, by_name in curves.items()
     }
-    return Result(
-        CLAIM, [table], judge(table), ("high_share", "low_share", "max_vio", "bits_per_byte"),
-        means, "most used expert, x fair",
-    )  # fmt: skip
+    bars = ("high_share", "low_share", "max_vio", "bits_per_byte")
+    return Result(CLAIM, [table], judge(table), bars, means)
 
 
-def _most_used(trained: Trained) -> list[tuple[float, float]]:
+def followed(trained: Trained, measure: str) -> list[tuple[float, float]]:
+    """(step, mean of a statistic over layers); without a name, the most used expert's share."""
     events = [event for event in trained.events if event["event"] == "train"]
-    return [(event["step"], extremes([event["layers"]])[1]) for event in events]
+    return [
+        (e["step"], mean_of([e["layers"]], measure) if measure else extremes([e["layers"]])[1])
+        for e in events
+    ]
+
+
+def mean_curve(runs: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Mean over seeds of curves with the same steps."""
+    return [(s[0][0], statistics.fmean(v for _, v in s)) for s in zip(*runs, strict=True)]
 
 
 def judge(table: Table) -> Verdict:
     """Both halves of the claim, for the best of the balanced variants."""
-    most = table.mean(NONE, "high_share")
+    most = table.values(NONE, "high_share")
+    uneven = [value >= UNEVEN for value in most]
     balanced = [name for name in table.rows if name != NONE]
-    best = min(balanced, key=lambda name: table.mean(name, "high_share"))
-    low, high = table.mean(best, "low_share"), table.mean(best, "high_share")
-    even = [
-        name for name in balanced
-        if table.mean(name, "low_share") >= EVEN[0] and table.mean(name, "high_share") <= EVEN[1]
-    ]  # fmt: skip
-    cost = table.mean(best, "bits_per_byte") - table.mean(NONE, "bits_per_byte")
+    best = min(balanced, key=lambda name: _deviation(table, name))
+    even = [name for name in balanced if all(in_band(table, name))]
+    cost = [ratio - 1 for ratio in table.ratios(best, NONE, "bits_per_byte")]
     text = (
-        f"Without balancing the most used expert takes {most:.2f} times its fair share (claim: at "
-        f"least {UNEVEN:.1f}). Most even is {best!r}: {low:.2f} to {high:.2f} times (claim: "
-        f"{EVEN[0]:.2f} to {EVEN[1]:.2f}), at {cost:+.3f} bits/byte. Within the claimed band: "
+        f"Without balancing the most used expert takes {span(most, '{:.2f}')} times its fair share "
+        f"(claim: at least {UNEVEN:.1f}; {count_of(uneven)}). Most even is {best!r}: "
+        f"{table.mean(best, 'low_share'):.2f} to {table.mean(best, 'high_share'):.2f} times "
+        f"(claim: {EVEN[0]:.2f} to {EVEN[1]:.2f}; {count_of(in_band(table, best))}), "
+        f"at {span(cost)} bits/byte. Within the claimed band in every seed: "
         f"{', '.join(even) or 'none'}."
     )
-    return Verdict(most >= UNEVEN and bool(even), text)
+    return Verdict(all(uneven) and bool(even), text)
+
+
+def in_band(table: Table, name: str) -> list[bool]:
+    """Per seed, whether all experts lie where the article has them."""
+    pairs = zip(table.values(name, "low_share"), table.values(name, "high_share"), strict=True)
+    return [low >= EVEN[0] and high <= EVEN[1] for low, high in pairs]
+
+
+def _deviation(table: Table, name: str) -> float:
+    """How far the least and the most used expert are from the fair share."""
+    return max(1 - table.mean(name, "low_share"), table.mean(name, "high_share") - 1)

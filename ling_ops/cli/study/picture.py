@@ -24,25 +24,41 @@ def draw(values: dict[str, Any]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows, bars = values["tables"][0]["rows"], values["bars"]
-    panels = len(bars) + bool(values["curves"])
+    rows, bars, curves = values["tables"][0]["rows"], values["bars"], values["curves"]
+    heights = [1.0 + 0.32 * len(rows), *([2.6] if curves else [])]
     with plt.rc_context(_STYLE):
-        height = 1.4 + 0.32 * len(rows)
-        figure, axes = plt.subplots(
-            1, panels, figsize=(3.6 * panels, max(2.8, height)), layout="constrained", squeeze=False
+        width = max(len(bars), len(curves))
+        figure = plt.figure(
+            figsize=(3.6 * width, max(2.8, sum(heights) + 0.4)), layout="constrained"
         )
-        held = "held" if values["verdict"]["held"] else "did not hold"
-        figure.suptitle(
-            f"{values['study']}: the claim {held}", x=0.01, ha="left", fontweight="bold"
-        )
-        for place, measure in enumerate(bars):
-            _bars(axes[0, place], rows, measure, labels=place == 0)
-        if values["curves"]:
-            _curves(axes[0, -1], values)
+        figure.suptitle(_title(values), x=0.01, ha="left", fontweight="bold")
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for place, (axes, measure) in enumerate(zip(_row(parts[0], bars), bars, strict=True)):
+            _bars(axes, rows, measure, labels=place == 0)
+        if curves:
+            for place, (axes, title) in enumerate(zip(_row(parts[1], curves), curves, strict=True)):
+                _curves(axes, title, values, legend=place == 0)
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=90)
         plt.close(figure)
     return image.getvalue()
+
+
+def _row(part: Any, content: Any) -> Any:
+    """One panel for each of `content`."""
+    return part.subplots(1, len(content), squeeze=False)[0]
+
+
+def _title(values: dict[str, Any]) -> str:
+    """Study, verdict, and where from: what a picture must say that stands alone."""
+    setup, held = values["setup"], values["verdict"]["held"]
+    seeds = len(setup["seeds"])
+    device = "CPU" if setup["device"] == "cpu" else setup["device"]
+    return (
+        f"{values['study']}: the claim {'held' if held else 'did not hold'} "
+        f"({device}, {setup['steps']} steps; mean of {seeds} seed{'s' * (seeds > 1)}"
+        f"{', lines: ± half their range' * (seeds > 1)})"
+    )
 
 
 def _bars(axes: Any, rows: dict[str, list[dict[str, float]]], measure: str, labels: bool) -> None:
@@ -69,17 +85,30 @@ def _bars(axes: Any, rows: dict[str, list[dict[str, float]]], measure: str, labe
     axes.set_ylim(len(names) - 0.5, -0.5)
     title, form = COLUMNS[measure]
     axes.set_title(title, loc="left")
+    axes.xaxis.set_major_formatter((lambda x, _: f"{x:.0%}") if "%" in form else _ticks)
     for place, (mean, end) in enumerate(zip(means, ends, strict=True)):
         axes.annotate(
             form.format(mean), (end, place), xytext=(5, 0), textcoords="offset points", va="center"
         )
 
 
-def _curves(axes: Any, values: dict[str, Any]) -> None:
-    for place, (name, points) in enumerate(values["curves"].items()):
+def _curves(axes: Any, title: str, values: dict[str, Any], legend: bool) -> None:
+    for place, (name, points) in enumerate(values["curves"][title].items()):
         color = COLORS[place % len(COLORS)]
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1.2, label=name)
-    axes.set_title(values["curve_title"], loc="left")
+    axes.set_title(title, loc="left")
     axes.set_xlabel(values["curve_axis"])
+    axes.yaxis.set_major_formatter(_ticks)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.legend(fontsize=7, edgecolor="none")
+    if not title.startswith("bits/byte"):
+        axes.set_ylim(bottom=0)
+    if legend:  # beside the axes, where it hides no curve
+        axes.figure.legend(loc="outside left center", fontsize=8, frameon=False)
+
+
+def _ticks(value: float, _: int) -> str:
+    """Millions and thousands by letters: matplotlib's own factor stands away from its axis."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g} {letter}"
+    return f"{value:g}"

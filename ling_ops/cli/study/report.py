@@ -32,7 +32,7 @@ COLUMNS = {
 
 @dataclass
 class Verdict:
-    """Whether a claim held, and the sentence that says under which conditions."""
+    """Whether a claim held (in every seed), and the sentence that says under which conditions."""
 
     held: bool
     text: str
@@ -49,12 +49,21 @@ class Table:
         self.rows.setdefault(variant, []).append(measures)
 
     def mean(self, variant: str, measure: str) -> float:
-        return statistics.fmean(row[measure] for row in self.rows[variant])
+        return statistics.fmean(self.values(variant, measure))
 
     def spread(self, variant: str, measure: str) -> float:
         """Half the range over the seeds."""
-        values = [row[measure] for row in self.rows[variant]]
+        values = self.values(variant, measure)
         return (max(values) - min(values)) / 2
+
+    def values(self, variant: str, measure: str) -> list[float]:
+        return [row[measure] for row in self.rows[variant]]
+
+    def ratios(self, variant: str, base: str, measure: str) -> list[float]:
+        """Per seed, over `base` from the same seed: both start alike and read the same text, so
+        that most of what seeds bring about falls out."""
+        pairs = zip(self.values(variant, measure), self.values(base, measure), strict=True)
+        return [own / other for own, other in pairs]
 
     @property
     def measures(self) -> list[str]:
@@ -74,17 +83,29 @@ class Table:
         return lines
 
 
+def span(values: list[float], form: str = "{:+.1%}") -> str:
+    """Mean, and from where to where the seeds go."""
+    mean = form.format(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def count_of(reached: list[bool]) -> str:
+    """In how many seeds."""
+    return f"in {sum(reached)} of {len(reached)} seed{'s' * (len(reached) > 1)}"
+
+
 @dataclass
 class Result:
     """A study's outcome. `bars` are the measures that the picture shows of the first table;
-    `curves` are values over steps per variant, mean over seeds, of one quantity."""
+    `curves` are, by their title, the variants' values over `curve_axis`, means over seeds."""
 
     claim: str
     tables: list[Table]
     verdict: Verdict
     bars: tuple[str, ...]
-    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    curve_title: str = ""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
     curve_axis: str = "step"
 
 
@@ -96,8 +117,7 @@ def to_json(result: Result, setup: Setup) -> dict[str, Any]:
     return {
         "study": setup.name, "claim": result.claim,
         "setup": {
-            "command": f"ling-ops study {setup.name} --seeds {setup.seeds} --steps {setup.steps} "
-            f"--device {setup.device.type}",
+            "command": setup.command,
             "device": device, "threads": torch.get_num_threads(), "dtype": str(setup.dtype),
             "seeds": list(range(setup.seeds)), "steps": setup.steps, "model": setup.base,
             "batch_size": setup.batch_size, "sequence_length": setup.sequence_length,
@@ -107,8 +127,7 @@ def to_json(result: Result, setup: Setup) -> dict[str, Any]:
         },
         "tables": [{"title": t.title, "rows": t.rows} for t in result.tables],
         "verdict": {"held": result.verdict.held, "text": result.verdict.text},
-        "bars": list(result.bars), "curves": result.curves, "curve_title": result.curve_title,
-        "curve_axis": result.curve_axis,
+        "bars": list(result.bars), "curves": result.curves, "curve_axis": result.curve_axis,
     }  # fmt: skip
 
 
@@ -116,6 +135,8 @@ def conclude(result: Result, setup: Setup) -> None:
     """Print tables and verdict, and write JSON and picture."""
     print(f"\nclaim: {result.claim}\n")
     show({table.title: table.words() for table in result.tables})
+    if setup.seeds == 1:
+        result.verdict.text += " One seed: what chance alone brings about is not known."
     print(f"verdict: {'held' if result.verdict.held else 'did not hold'}. {result.verdict.text}")
     values = to_json(result, setup)
     try:
@@ -140,9 +161,26 @@ def show(tables: dict[str, list[dict[str, str]]]) -> None:
 
     console = Console()
     for title, rows in tables.items():
-        table = RichTable(title=title, title_justify="left")
-        for number, column in enumerate(rows[0]):
-            table.add_column(column, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table)
+        for columns in fitting(rows, console.width):
+            table = RichTable(title=title, title_justify="left")
+            for number, column in enumerate(columns):
+                justify = "right" if number else "left"
+                table.add_column(column, justify=justify, no_wrap=bool(number))
+            for row in rows:
+                table.add_row(*(row[column] for column in columns))
+            console.print(table)
+
+
+def fitting(rows: list[dict[str, str]], width: int) -> list[list[str]]:
+    """The columns in as many tables as it takes for none to be wider than `width`: a terminal
+    would cut numbers off. Each has the first column, and one other at least."""
+    first, *others = rows[0]
+    wide = {c: 3 + max(len(c), *(len(row[c]) for row in rows)) for c in rows[0]}
+    groups, room = [[first]], width - 1 - wide[first]
+    for column in others:
+        if len(groups[-1]) > 1 and wide[column] > room:
+            groups.append([first])
+            room = width - 1 - wide[first]
+        groups[-1].append(column)
+        room -= wide[column]
+    return groups

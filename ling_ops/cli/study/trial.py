@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 
 from ling_ops.cli.data import TextData, load_text
-from ling_ops.cli.errors import CommandError
+from ling_ops.cli.errors import CommandError, describe_os_error
 from ling_ops.cli.modeling import build_model, pick_device, pick_dtype
 from ling_ops.cli.options import TrainOptions
 from ling_ops.cli.trainer import StopRequest, Trainer
@@ -25,6 +28,7 @@ _CPU = {
     "moe_intermediate_size": 64, "intermediate_size": 192,
 }  # fmt: skip
 _GPU = {"preset": "small"}
+STEPS = 300
 _UNBALANCED = {
     "use_expert_bias": False, "balance_coefficient": 0.0, "sequence_balance_coefficient": 0.0,
 }  # fmt: skip
@@ -45,6 +49,7 @@ class Setup:
     batch_size: int
     sequence_length: int
     learning_rate: float
+    command: str  # what was asked for, to be run again
 
     def config(self, **changes: Any) -> LingConfig:
         """The study's model with `changes`."""
@@ -112,10 +117,11 @@ class StudyTrainer(Trainer):
 
 
 class _Events:
-    """Keeps events in memory; also stands in for the progress view."""
+    """Keeps events in memory; also the progress view, one line that a terminal overwrites."""
 
-    def __init__(self, model: Any = None) -> None:
+    def __init__(self, model: Any = None, label: str = "", steps: int = 0) -> None:
         self.model, self.list = model, []
+        self.label, self.steps = label, steps
 
     def write(self, event: dict[str, Any]) -> None:
         if event["event"] == "train":
@@ -123,9 +129,16 @@ class _Events:
                 entry["capacity"] = _capacity(layer)
         self.list.append(event)
 
-    def train(self, event: dict[str, Any], seconds_left: float) -> None: ...
+    def train(self, event: dict[str, Any], seconds_left: float) -> None:
+        left = f", {seconds_left:.0f} s left" if math.isfinite(seconds_left) else ""
+        self._line(f"{self.label}: step {event['step']} of {self.steps}{left}")
 
-    def validation(self, event: dict[str, Any]) -> None: ...
+    def validation(self, event: dict[str, Any]) -> None:
+        self._line("")
+
+    def _line(self, text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _capacity(layer: Any) -> float | None:
@@ -150,14 +163,35 @@ def make_setup(arguments: argparse.Namespace) -> Setup:
     device = pick_device(arguments.device)
     on_gpu = device.type == "cuda"
     length = 512 if on_gpu else 128
+    text = load_text(arguments.data, sequence_length=length)
+    check_output(Path(arguments.output))
     return Setup(
         name=arguments.name, seeds=arguments.seeds,
-        steps=arguments.steps or 300, device=device,
+        steps=arguments.steps or STEPS, device=device,
         dtype=pick_dtype(arguments.dtype, device), output=Path(arguments.output),
-        text=load_text(arguments.data, sequence_length=length), base=_GPU if on_gpu else _CPU,
+        text=text, base=_GPU if on_gpu else _CPU,
         batch_size=32 if on_gpu else 8, sequence_length=length,
-        learning_rate=3e-3 if on_gpu else 6e-3,
+        learning_rate=3e-3 if on_gpu else 6e-3, command=command_of(arguments),
     )  # fmt: skip
+
+
+def check_output(folder: Path) -> None:
+    """CommandError where `folder` cannot be made: asked before minutes of training."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise CommandError(f"--output {str(folder)!r}: {str(there)!r} is a file", code=2)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise describe_os_error(error, "making the folder") from error
+
+
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command whose results are these, whatever its defaults will be."""
+    words = ["ling-ops", "study", arguments.name, "--seeds", str(arguments.seeds)]
+    words += ["--steps", str(arguments.steps or STEPS), "--device", arguments.device]
+    words += ["--dtype", arguments.dtype] if arguments.dtype != "auto" else []
+    return shlex.join([*words, *(["--data", *arguments.data] if arguments.data else [])])
 
 
 def options_of(setup: Setup, variant: Variant, seed: int) -> TrainOptions:
@@ -173,7 +207,9 @@ def options_of(setup: Setup, variant: Variant, seed: int) -> TrainOptions:
     return options
 
 
-def train(setup: Setup, variant: Variant, seed: int, *, model: Any = None) -> Trained:
+def train(
+    setup: Setup, variant: Variant, seed: int, *, model: Any = None, label: str = ""
+) -> Trained:
     """Train `variant` from `seed`; `model` goes on with weights that are there already."""
     options = options_of(setup, variant, seed)
     torch.manual_seed(seed)
@@ -185,7 +221,7 @@ def train(setup: Setup, variant: Variant, seed: int, *, model: Any = None) -> Tr
         model = build_model(config, setup.device, setup.dtype)
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         trainer = StudyTrainer(model, options, setup.text, Path(folder), setup.device)
-        events = _Events(model)
+        events = _Events(model, label or variant.name, options.steps)
         trainer.run(events, events, stop)
     if trainer.stopped:
         raise KeyboardInterrupt
@@ -200,10 +236,12 @@ def each(
     for seed in range(setup.seeds) if seeds is None else seeds:
         for variant in variants:
             started = time.perf_counter()
-            trained = train(setup, variant, seed)
-            print(
-                f"seed {seed + 1} of {setup.seeds}  {variant.name}: {trained.bits_per_byte:.3f} "
-                f"bits/byte in {time.perf_counter() - started:.1f} s",
-                flush=True,
-            )
+            label = f"seed {seed + 1} of {setup.seeds}  {variant.name}"
+            trained = train(setup, variant, seed, label=label)
+            tell(label, trained, time.perf_counter() - started)
             yield variant, seed, trained
+
+
+def tell(label: str, trained: Trained, seconds: float) -> None:
+    """One line for a run that ended."""
+    print(f"{label}: {trained.bits_per_byte:.3f} bits/byte in {seconds:.1f} s", flush=True)
