@@ -7,14 +7,16 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from cli_runner import command, environment, run_here, train_arguments, write_text
 
-from ling_ops.cli import checkpoint, main
+from ling_ops.cli import build_parser, checkpoint, main
 
 for needed in ("safetensors", "matplotlib", "tensorboard", "rich"):
     pytest.importorskip(needed)
@@ -246,6 +248,25 @@ def test_full_disk_for_real(text, tmp_path):
     assert done.stderr.startswith("ling-ops: error: the disk is full"), done.stderr
     assert done.stderr.count("\n") == 1
     assert ".writing-" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "finetune", "prune", "generate", "study", "cost"])
+def test_too_little_memory_names_flags_that_the_command_has(name, fails, monkeypatch):
+    needed = {
+        "prune": ("--checkpoint", "a", "--output", "b", "--keep", "0.5"), "study": ("balance",),
+        "generate": ("--checkpoint", "a"), "finetune": ("--checkpoint", "a"),
+    }.get(name, ())  # fmt: skip
+    module = importlib.import_module(f"ling_ops.cli.{name}")
+
+    def run(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "run", run)
+    message = fails(name, *needed, code=1)
+    assert "the device ran out of memory" in message
+    for flag in re.findall(r"--[\w-]+", message):
+        build_parser().parse_args([name, *needed, flag, "1"])
+    assert ("--" in message) == (name not in ("study", "cost"))
 
 
 def test_a_missing_extra_is_named(fails, monkeypatch):

@@ -15,6 +15,14 @@ from typing import NoReturn
 
 from ling_ops.cli.errors import CommandError, describe_os_error
 
+#: What a command can be told that takes less of it.
+LESS_MEMORY = {
+    "train": "--batch-size or --sequence-length",
+    "finetune": "--batch-size or --sequence-length",
+    "prune": "--batch-size or --sequence-length",
+    "generate": "--max-new-tokens",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, like every other failure."""
@@ -66,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        return _fail("the device ran out of memory: lower --batch-size or --sequence-length", 1)
+        advice = LESS_MEMORY.get(arguments.command)
+        return _fail("the device ran out of memory" + (f": lower {advice}" if advice else ""), 1)
 
 
 def _fail(message: str, code: int) -> int:
