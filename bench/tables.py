@@ -75,8 +75,8 @@ def facts(record: Record) -> str:
     return (
         f"One {data['device']}, torch {data['torch']}, CUDA {data['cuda']}, {data['date'][:10]}. "
         f"In the same run a dense 8192³\nproduct reached {most['bf16_tflops']:.0f} TFLOP/s and a "
-        f"copy {most['copy_tb_s']:.2f} TB/s. At commit {tests['commit'][:7]} {tests['passed']} tests "
-        f"passed on it, {tests['failed']} failed, {tests['skipped']} were skipped.\n"
+        f"copy {most['copy_tb_s']:.2f} TB/s. At commit {tests['commit'][:7]} {tests['passed']} "
+        f"tests passed on it, {tests['failed']} failed, {tests['skipped']} were skipped.\n"
     )
 
 

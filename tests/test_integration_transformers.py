@@ -73,7 +73,7 @@ def test_the_kind_of_path_is_the_expected_one(family):
     assert all(bool(entry["reason"]) == (entry["activation"] is None) for entry in told.values())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generation_gives_the_same_tokens(family, device):
     model = build(family, "eager").to(device)
     prompt = tokens(device, 5)
@@ -83,7 +83,7 @@ def test_generation_gives_the_same_tokens(family, device):
     assert torch.equal(model.generate(prompt, **arguments), expected)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_no_bit(family, device):
     model = build(family, "ling_ops").to(device).train()
     plain = results(model, tokens(device))
@@ -92,7 +92,7 @@ def test_gradient_checkpointing_changes_no_bit(family, device):
         assert_bitwise(grad, plain[name], name)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_model_compiles_without_a_break(family, device):
     model = build(family, "ling_ops").to(device)
     plain = results(model, tokens(device))
