@@ -59,7 +59,9 @@ def test_runs_share_text_and_weights(curves: ModuleType, tmp_path: Path) -> None
     assert all(len(run) == options.steps for run in losses)
     assert losses[0::2] == losses[1::2]
     for nudged in losses[2::2]:
-        assert 0 < max(abs(a - b) for a, b in zip(nudged, losses[0], strict=True)) < 2e-2
+        # Weights that are one rounding of bf16 away (2^-7 of them at most) give losses no further
+        # away than that; those of another seed are some per cent away.
+        assert 0 < max(abs(a / b - 1) for a, b in zip(nudged, losses[0], strict=True)) < 2**-7
     assert losses[2] != losses[4]
     result["comparison"] = curves.compare(result)
     assert result["comparison"]["follows"]
