@@ -51,7 +51,8 @@ def test_runs_share_text_and_weights(curves: ModuleType, tmp_path: Path) -> None
     """On a CPU both backends are the reference: the same curves; each nudge gives another."""
     (tmp_path / "text").write_text("experts route tokens, tokens ask for experts. " * 60)
     options = TrainOptions(
-        preset="tiny", steps=4, batch_size=2, sequence_length=32, device="cpu", dtype="bf16",
+        # of 64 tokens a mean loss moves by as much as the bound below, of 1024 by a third of it
+        preset="tiny", steps=4, batch_size=16, sequence_length=64, device="cpu", dtype="bf16",
         data=[str(tmp_path / "text")], pattern="1-1", learning_rate=1e-3,
     )  # fmt: skip
     *_, result = curves.run_all(options)
@@ -59,9 +60,7 @@ def test_runs_share_text_and_weights(curves: ModuleType, tmp_path: Path) -> None
     assert all(len(run) == options.steps for run in losses)
     assert losses[0::2] == losses[1::2]
     for nudged in losses[2::2]:
-        # Weights that are one rounding of bf16 away (2^-7 of them at most) give losses no further
-        # away than that; those of another seed are some per cent away.
-        assert 0 < max(abs(a / b - 1) for a, b in zip(nudged, losses[0], strict=True)) < 2**-7
+        assert 0 < max(abs(a - b) for a, b in zip(nudged, losses[0], strict=True)) < 2e-2
     assert losses[2] != losses[4]
     result["comparison"] = curves.compare(result)
     assert result["comparison"]["follows"]

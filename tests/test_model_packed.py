@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -280,17 +281,49 @@ def preset(device):
     return build
 
 
-@pytest.mark.cuda
+def close_calls(model: LingForCausalLM, text: torch.Tensor) -> torch.Tensor:
+    """Positions of a text after which groups, experts or the next token change in float64 where
+    logits move by 1e-5: twice what fp32's rounding does to those of `small`, 5e-6 of a spread of 1.
+    """
+    exact, near = copy.deepcopy(model).double(), torch.zeros_like(text, dtype=torch.bool)
+
+    def watch(gate, _, routed):
+        for _ in range(32):
+            moved = routed.logits + 1e-5 * torch.randn_like(routed.logits).sign()
+            ids = gate._choose(moved, {"sequence_length": None, "token_mask": None})[1]
+            near.logical_or_((ids.sort(1)[0] != routed.indices.sort(1)[0]).any(1))
+
+    for _, moe in exact.moe_layers():
+        moe.gate.register_forward_hook(watch)
+    with torch.no_grad(), lo.use_backend("reference"):
+        best = exact(text[None]).logits[0].topk(2)[0]
+    return near | (best[:, 0] - best[:, 1] < 2e-5)
+
+
+LONG = [("tiny", 200), pytest.param("small", 2000, marks=pytest.mark.cuda)]
+
+
 @pytest.mark.filterwarnings("ignore::ling_ops.ops._backend.FallbackWarning")
-@pytest.mark.parametrize("dtype,tokens", [(torch.float64, 500), (torch.float32, 2000)])
-def test_long_texts_are_the_reference_s(dtype, tokens, preset, device):
-    """Token for token, apart from ties: in fp32 some of the 48,000 choices of groups and experts
-    are closer than the products' roundings, which depend on how many tokens run together."""
-    model = preset("small", dtype)
-    prompt = torch.randint(0, 256, (1, 16), device=device)
-    text = model.generate(prompt, max_new_tokens=tokens)[0]
-    others = (teacher(model, text[:16], text[16:]) != text[16:]).sum()
-    assert others <= (tokens // 100 if dtype == torch.float32 else 0)
+@pytest.mark.parametrize("name,tokens", LONG)
+def test_long_texts_are_the_reference_s(name, tokens, preset, device):
+    """Token for token, in float64: in fp32 some of so many choices are ties."""
+    model = preset(name, torch.float64)
+    text = model.generate(torch.randint(0, 256, (1, 16), device=device), max_new_tokens=tokens)[0]
+    assert torch.equal(teacher(model, text[:16], text[16:]), text[16:])
+
+
+@pytest.mark.parametrize("name,tokens", LONG)
+def test_texts_in_fp32_are_the_reference_s_up_to_the_first_tie(name, tokens, preset, device):
+    model, compared = preset(name, torch.float32), 0
+    prompts = torch.randint(0, 256, (tokens // 50, 16), device=device)
+    for text in model.generate(prompts, max_new_tokens=100):
+        ties = close_calls(model, text[:-1]).nonzero()
+        clear = int(ties[0]) if len(ties) else len(text) - 1  # tokens before the first tie
+        new = max(clear - 15, 0)
+        wanted = teacher(model, text[:16], text[16:])
+        assert torch.equal(wanted[:new], text[16 : 16 + new])
+        compared += new
+    assert compared >= tokens, f"ties left only {compared} tokens to compare"
 
 
 @pytest.mark.cuda
