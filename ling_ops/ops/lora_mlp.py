@@ -6,24 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import lora_mlp as reference
-from ..reference.activation import ACTIVATIONS
 from ..reference.lora_mlp import LowRank
 from ..reference.moe_mlp import REFERENCE_STEPS
 from ..reference.route import Routing
 from . import _checks
-from ._autocast import autocast
 from ._backend import use_kernel
 from ._fused_lora import fused_lora_mlp
 from .gemm import ROW_MULTIPLE, tensor_core_unsupported
-from .moe_mlp import (
-    _KERNEL_STEPS,
-    _check_biases,
-    _check_gate,
-    _check_limit,
-    _check_routing,
-    _check_weights,
-    moe_mlp,
-)
+from .moe_mlp import _KERNEL_STEPS, check_layer, moe_mlp
 from .route import route
 
 
@@ -84,22 +74,14 @@ def lora_mlp(
     }  # fmt: skip
     if gate_up_lora is None and down_lora is None:
         return moe_mlp(x, gate_up_proj, down_proj, weights, indices, routing=routing, **options)
-    _checks.choice("activation", activation, ACTIVATIONS)
-    _check_weights(x, gate_up_proj, down_proj, activation)
-    x, gate_up_proj, down_proj = autocast(x, gate_up_proj, down_proj)
-    _checks.dtype("x", x, _checks.FLOATS)
-    _checks.dtype("gate_up_proj", gate_up_proj, (x.dtype,))
-    _checks.dtype("down_proj", down_proj, (x.dtype,))
-    _check_gate(x, weights, indices)
-    _check_biases(x, gate_up_proj, down_proj, gate_up_bias, down_bias)
-    _check_limit(activation, swiglu_limit)
-    experts = down_proj.shape[0]
-    _check_routing(routing, indices, experts)
+    x, gate_up_proj, down_proj = check_layer(
+        x, gate_up_proj, down_proj, weights, indices, routing=routing, **options
+    )
     low = {
         "gate_up_lora": _checked("gate_up_lora", gate_up_lora, gate_up_proj),
         "down_lora": _checked("down_lora", down_lora, down_proj),
     }
-    routing = route(indices, experts) if routing is None else routing
+    routing = route(indices, down_proj.shape[0]) if routing is None else routing
     unsupported = tensor_core_unsupported(x.dtype, H=x.shape[1], I=down_proj.shape[2])
     steps = REFERENCE_STEPS
     if use_kernel("moe_mlp", x, unsupported):

@@ -85,6 +85,24 @@ def _check_routing(routing: Routing | None, indices: Tensor, num_experts: int) -
     _checks.shape("routing.expert_counts", routing.expert_counts, (num_experts,), "[E]")
 
 
+def check_layer(
+    x, gate_up_proj, down_proj, weights, indices, gate_up_bias, down_bias, activation,
+    swiglu_limit, routing,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x and both weights, in the dtype of autocast; raises for what `moe_mlp` cannot take."""
+    _checks.choice("activation", activation, ACTIVATIONS)
+    _check_weights(x, gate_up_proj, down_proj, activation)
+    x, gate_up_proj, down_proj = autocast(x, gate_up_proj, down_proj)
+    _checks.dtype("x", x, _checks.FLOATS)
+    _checks.dtype("gate_up_proj", gate_up_proj, (x.dtype,))
+    _checks.dtype("down_proj", down_proj, (x.dtype,))
+    _check_gate(x, weights, indices)
+    _check_biases(x, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    _check_limit(activation, swiglu_limit)
+    _check_routing(routing, indices, down_proj.shape[0])
+    return x, gate_up_proj, down_proj
+
+
 def moe_mlp(
     x: Tensor,
     gate_up_proj: Tensor,
@@ -130,18 +148,11 @@ def moe_mlp(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
     """
-    _checks.choice("activation", activation, ACTIVATIONS)
-    _check_weights(x, gate_up_proj, down_proj, activation)
-    x, gate_up_proj, down_proj = autocast(x, gate_up_proj, down_proj)
-    _checks.dtype("x", x, _checks.FLOATS)
-    _checks.dtype("gate_up_proj", gate_up_proj, (x.dtype,))
-    _checks.dtype("down_proj", down_proj, (x.dtype,))
-    _check_gate(x, weights, indices)
-    _check_biases(x, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    x, gate_up_proj, down_proj = check_layer(
+        x, gate_up_proj, down_proj, weights, indices, gate_up_bias, down_bias, activation,
+        swiglu_limit, routing,
+    )  # fmt: skip
     _check_main_grads(main_grads, gate_up_proj, down_proj)
-    _check_limit(activation, swiglu_limit)
-    num_experts = down_proj.shape[0]
-    _check_routing(routing, indices, num_experts)
     unsupported = tensor_core_unsupported(x.dtype, H=x.shape[1], I=down_proj.shape[2])
     differentiable = (x, gate_up_proj, down_proj, weights, gate_up_bias, down_bias)
     if unsupported is None and runs_decode(x, indices, down_proj, differentiable):
@@ -157,7 +168,7 @@ def moe_mlp(
             activation=activation,
             swiglu_limit=swiglu_limit,
         )
-    routing = route(indices, num_experts) if routing is None else routing
+    routing = route(indices, down_proj.shape[0]) if routing is None else routing
     steps = reference.REFERENCE_STEPS
     if use_kernel("moe_mlp", x, unsupported):
         if gate_up_bias is None and down_bias is None:
