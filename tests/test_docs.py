@@ -77,14 +77,22 @@ PREPARE = {
 SCRIPTS = {"expert-parallel.md": "train.py"}
 
 
+def enough_gpus(arguments: list[str]) -> dict[str, str]:
+    """The environment of as many processes: with a GPU for each, or with none."""
+    processes = int(arguments[arguments.index("--nproc-per-node") + 1])
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() < processes else {}
+    return {**environment(), **hidden}
+
+
 def run_shell(lines: str) -> None:
     for line in lines.splitlines():
         program, *arguments = shlex.split(line)
         if program == "torchrun":
             launch = [sys.executable, "-m", "torch.distributed.run", *arguments]
             done = subprocess.run(
-                launch, capture_output=True, text=True, env=environment(), timeout=900, check=False
-            )
+                launch, capture_output=True, text=True, env=enough_gpus(arguments), timeout=900,
+                check=False,
+            )  # fmt: skip
             assert done.returncode == 0, done.stderr
             continue
         assert program == "ling-ops", f"a test cannot run {line!r}"

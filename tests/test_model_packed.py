@@ -347,22 +347,26 @@ def test_replays_are_the_eager_steps(batch, preset, device, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits(dtype, preset, device):
-    """The flash path against the model without a cache, on the same weights."""
-    model = preset("small", dtype)
+    """The flash path against the model without a cache, on the same weights.
+
+    Every token takes all experts: a choice that rounding turns would be all that is seen.
+    """
+    every = {"num_experts": 16, "num_experts_per_token": 16, "num_groups": 1, "topk_groups": 1}
+    model = preset("small", dtype, **every)
     lengths, engine = [300, 1, 77], PackedModel(model, 3, 310)
     x, more = torch.randint(0, 256, (3, 300), device=device), torch.randint(0, 256, (3, 10))
     more = more.to(device)
     with torch.no_grad():
         got = [engine.prefill(torch.cat([x[b, :n] for b, n in enumerate(lengths)]), lengths)]
         got += [engine.step(column, more=True).clone() for column in more.unbind(1)]
-        wide = preset("small", torch.float32)
+        wide = preset("small", torch.float32, **every)
         wide.load_state_dict(model.state_dict())
         for b, n in enumerate(lengths):
             tokens = torch.cat([x[b, :n], more[b]])[None]
             truth = wide(tokens).logits[0, n - 1 :]
             error = (torch.stack([step[b] for step in got]).float() - truth).norm()
             plain = (model(tokens).logits[0, n - 1 :].float() - truth).norm()
-            assert error <= 1.5 * plain + 0.01 * truth.norm()
+            assert error <= 1.5 * plain + 1e-3 * truth.norm()
 
 
 @pytest.mark.cuda
