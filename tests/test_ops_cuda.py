@@ -161,6 +161,21 @@ def test_two_threads(device: torch.device) -> None:
     assert not failures, failures
 
 
+@pytest.mark.parametrize("name", ["grouped_gemm", "grouped_gemm_dw"])
+def test_first_call_of_a_thread(device: torch.device, name: str) -> None:
+    """A thread that never used CUDA, as autograd's are at their first node, has no context yet."""
+    needs("grouped_gemm")
+    offsets = torch.tensor([0, 30, 30, 64], dtype=torch.int32, device=device)
+    a, b = (torch.randn(64, 64, device=device).bfloat16() for _ in range(2))
+    args = (a, b, offsets) if name.endswith("dw") else (a, b.expand(3, 64, 64).contiguous(), offsets)
+    op, got = getattr(torch.ops.ling_ops, name), []
+    expected = [op(*args) for _ in range(2)][0]  # the other's memory is free for the thread
+    thread = threading.Thread(target=lambda: got.append(op(*args)))
+    thread.start()
+    thread.join()
+    assert_bitwise(got[0], expected)
+
+
 # --- independence of the batch -------------------------------------------------------------------
 @pytest.mark.parametrize("cut", [65, 128, 201])
 def test_a_token_does_not_depend_on_the_batch(device: torch.device, cut: int) -> None:

@@ -38,6 +38,13 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
+// Makes the current device's context that of this thread. The runtime's calls do so by themselves, the driver's do not.
+inline void bind_context() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaSetDevice(device), "cudaSetDevice");
+}
+
 // `sizes` and `box` count elements, innermost first; `strides` are those of the outer dimensions, in elements.
 template <size_t kRank>
 CUtensorMap make_map(DType dtype, const void* base, const std::array<int64_t, kRank>& sizes,
@@ -54,9 +61,16 @@ CUtensorMap make_map(DType dtype, const void* base, const std::array<int64_t, kR
   const auto type = dtype == DType::kFloat32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                     : dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult status = encode_tiled()(&map, type, kRank, const_cast<void*>(base), dims, pitches, extents, steps,
-                                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = [&] {
+    return encode_tiled()(&map, type, kRank, const_cast<void*>(base), dims, pitches, extents, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encode();
+  if (status == CUDA_ERROR_INVALID_CONTEXT) {  // the first call of a thread, such as autograd's
+    bind_context();
+    status = encode();
+  }
   if (status != CUDA_SUCCESS) {
     throw Error("cuTensorMapEncodeTiled refused a tensor of rank " + std::to_string(kRank) + " (CUresult " +
                     std::to_string(static_cast<int>(status)) + ")",
