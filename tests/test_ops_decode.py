@@ -76,10 +76,18 @@ def test_every_number_of_tokens(device: torch.device, experts: int, k: int) -> N
         check(whole.take(slice(tokens)))
 
 
+@pytest.mark.parametrize("hidden", [2040, 2112, 2120, 4104])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 64])
+def test_wide_outputs(device: torch.device, hidden: int, tokens: int) -> None:
+    """More strips of the output than an H100 has multiprocessors, 132, and fewer."""
+    check(make_mlp(tokens, hidden, 72, 36, 2, dtype=torch.float16, style="skewed").to(device))
+
+
 @pytest.mark.cuda
+@pytest.mark.parametrize("hidden", [264, 4104])
 @pytest.mark.parametrize("dtype", LOW)
-def test_a_token_does_not_depend_on_the_batch(device: torch.device, dtype: torch.dtype) -> None:
-    case = make_mlp(MAX_TOKENS, 264, 200, 128, 4, dtype=dtype, style="skewed").to(device)
+def test_a_token_does_not_depend_on_the_batch(device, dtype: torch.dtype, hidden: int) -> None:
+    case = make_mlp(MAX_TOKENS, hidden, 200, 128, 4, dtype=dtype, style="skewed").to(device)
     whole = run(case)
     order = torch.randperm(MAX_TOKENS, generator=generator(0)).to(device)
     assert_bitwise(run(case.take(order)), whole[order], "permuted")

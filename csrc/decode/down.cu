@@ -8,23 +8,25 @@ namespace ling::decode {
 namespace {
 
 constexpr int kColumns = 16;  // of the output, per block
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
+constexpr int kBusyWarps = 8;
 
 // Into how many chunks an expert's contraction is cut: enough to occupy the warps for a single token. It depends on
-// the layer alone, so that a token's sums are cut alike in every batch.
+// the layer alone, so that a token's sums are cut alike in every batch and on every GPU.
 __host__ __device__ inline int chunks_for(int64_t inner, int choices) {
   const int steps = static_cast<int>(ceil_div<int64_t>(inner, kStepLength));
-  const int wanted = kWarps / choices < 2 ? 2 : kWarps / choices;
+  const int wanted = kBusyWarps / choices < 2 ? 2 : kBusyWarps / choices;
   const int most = ceil_div(steps, kBatch);
   return wanted < most ? wanted : most;
 }
 
-template <typename Element>
+template <typename Element, int kWarps>
 class Down {
+  static constexpr int kThreads = 32 * kWarps;
+
  public:
-  // y: [pair][chunk][column] in shared memory.
-  __device__ Down(const MoeDecodeParams& p, const Slots& slots, float* y) : p_(p), slots_(slots), y_(y) {
+  // In shared memory: the routing weight of each pair, and y [pair][chunk][column].
+  __device__ Down(const MoeDecodeParams& p, const Slots& slots, float* weights, float* y)
+      : p_(p), slots_(slots), weights_(weights), y_(y) {
     chunks_ = chunks_for(p.inner, p.choices);
     const int steps = ceil_div(static_cast<int>(p.inner), kStepLength);
     chunk_length_ = ceil_div(steps, chunks_) * kStepLength;
@@ -33,6 +35,9 @@ class Down {
 
   __device__ void run() {
     const int units = slots_.count * chunks_;
+    for (int pair = threadIdx.x; pair < p_.tokens * p_.choices; pair += kThreads) {
+      weights_[pair] = __ldcg(p_.weights + pair);
+    }
     if (units > 0) {
       stream(*this, sums_, threadIdx.x / 32, units, kWarps, batches_);
     } else {
@@ -85,18 +90,18 @@ class Down {
       const int64_t column = blockIdx.x * kColumns + index % kColumns;
       if (column >= p_.hidden) continue;
       float sum = 0.0f;
+#pragma unroll 4
       for (int k = 0; k < p_.choices; ++k) {
         const int pair = static_cast<int>(token) * p_.choices + k;
         const int expert = slots_.expert_of[pair];
-        if (expert < 0) continue;
         float row = 0.0f;
         for (int chunk = 0; chunk < chunks_; ++chunk) {
           row += y_[(pair * chunks_ + chunk) * kColumns + index % kColumns];
         }
-        if (p_.down_bias != nullptr) {
+        if (p_.down_bias != nullptr && expert >= 0) {
           row += to_float(static_cast<const Element*>(p_.down_bias)[expert * p_.hidden + column]);
         }
-        sum = fmaf(p_.weights[pair], row, sum);
+        sum = expert < 0 ? sum : fmaf(weights_[pair], row, sum);
       }
       static_cast<Element*>(p_.out)[token * p_.hidden + column] = from_float<Element>(sum);
     }
@@ -104,6 +109,7 @@ class Down {
 
   const MoeDecodeParams& p_;
   const Slots& slots_;
+  float* weights_;
   float* y_;
   Sums<Element> sums_;
   int chunks_;
@@ -111,23 +117,32 @@ class Down {
   int batches_;
 };
 
-template <typename Element>
-__global__ void __launch_bounds__(kThreads, 2) down_kernel(const __grid_constant__ MoeDecodeParams p) {
+template <typename Element, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 16 / kWarps) down_kernel(const __grid_constant__ MoeDecodeParams p) {
   extern __shared__ __align__(16) char memory[];
   auto& slots = *reinterpret_cast<Slots*>(memory);
   int* demand = reinterpret_cast<int*>(&slots + 1);
-  find_slots<kThreads>(p, slots, demand);
-  Down<Element>(p, slots, reinterpret_cast<float*>(demand + p.experts)).run();
+  auto* weights = reinterpret_cast<float*>(demand + p.experts);
+  allow_next();
+  find_slots<32 * kWarps>(p, slots, demand);
+  Down<Element, kWarps>(p, slots, weights, weights + p.tokens * p.choices).run();
+}
+
+template <typename Element, int kWarps>
+void launch(const MoeDecodeParams& p, unsigned blocks, cudaStream_t stream) {
+  const int floats = p.tokens * p.choices * (1 + kColumns * chunks_for(p.inner, p.choices));
+  const size_t bytes = sizeof(Slots) + p.experts * sizeof(int) + floats * sizeof(float);
+  launch_block<down_kernel<Element, kWarps>>("moe_decode down", {blocks, 32 * kWarps, bytes, true}, stream, p);
 }
 
 }  // namespace
 
 void launch_down(const MoeDecodeParams& p, cudaStream_t stream) {
-  const size_t y_bytes = sizeof(float) * kColumns * p.tokens * p.choices * chunks_for(p.inner, p.choices);
-  const size_t bytes = sizeof(Slots) + p.experts * sizeof(int) + y_bytes;
   const unsigned blocks = static_cast<unsigned>(ceil_div<int64_t>(p.hidden, kColumns));
+  // Sixteen warps keep a multiprocessor's share of the memory busy: in one block where there is no second one for it.
+  const bool single = blocks <= static_cast<unsigned>(sm_count());
   dispatch(p, [&]<typename Element>() {
-    launch_block<down_kernel<Element>>("moe_decode down", {blocks, kThreads, bytes, true}, stream, p);
+    single ? launch<Element, 16>(p, blocks, stream) : launch<Element, 8>(p, blocks, stream);
   });
 }
 

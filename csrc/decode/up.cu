@@ -117,11 +117,23 @@ class Up {
   int strips_per_expert_;
 };
 
+// Asks for the ids and the tokens while the kernel in front still runs; whatever it writes of them goes to L2 as well.
+template <typename Element>
+__device__ inline void prefetch_inputs(const MoeDecodeParams& p) {
+  constexpr int kLine = 128;
+  const int64_t line = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t pairs = int64_t{p.tokens} * p.choices;
+  if (line * kLine < pairs * (p.long_ids ? 8 : 4)) prefetch(static_cast<const char*>(p.indices) + line * kLine);
+  if (line * kLine < p.tokens * p.hidden * int64_t{sizeof(Element)})
+    prefetch(static_cast<const char*>(p.x) + line * kLine);
+}
+
 template <typename Element, bool kGated>
 __global__ void __launch_bounds__(kThreads, 4) up_kernel(const __grid_constant__ MoeDecodeParams p) {
   extern __shared__ __align__(16) char memory[];
   auto& shared = *reinterpret_cast<UpShared*>(memory);
   int* demand = reinterpret_cast<int*>(&shared + 1);
+  prefetch_inputs<Element>(p);
   wait_for_previous();
   allow_next();
   find_slots<kThreads>(p, shared.slots, demand);

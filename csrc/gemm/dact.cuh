@@ -19,8 +19,9 @@ __device__ inline float2 unpack(uint32_t word) {
 }
 
 // The tile of the backward: columns are those of a, whatever the number of parts in h.
-template <class Element, int kParts_, int kTileN, int kLoadWarps>
-struct DactConfig : Config<Element, kTileN, 2, Major::K, Major::MN, Rows::kGathered, 1, Output::kDetached, kLoadWarps> {
+template <class Element, int kParts_, int kTileN, int kCluster, int kLoadWarps>
+struct DactConfig
+    : Config<Element, kTileN, kCluster, Major::K, Major::MN, Rows::kGathered, 1, Output::kDetached, kLoadWarps> {
   static constexpr int kOutputParts = kParts_;
 };
 
@@ -206,9 +207,9 @@ class DactTile {
   uint4 h_[kRows][kParts];
 };
 
-template <class Element, int kParts, int kTileN, int kLoadWarps>
+template <class Element, int kParts, int kTileN, int kCluster, int kLoadWarps>
 void run_dact(const MoeDactParams& p, cudaStream_t stream) {
-  using Config = DactConfig<Element, kParts, kTileN, kLoadWarps>;
+  using Config = DactConfig<Element, kParts, kTileN, kCluster, kLoadWarps>;
   const int64_t n_tiles = ceil_div<int64_t>(p.columns, Config::kTileN);
   KernelParams<DactTile<Config, RowProduct<Config>>> params{};
   params.b = make_weight_map(p.dtype, p.weight, p.experts, p.contraction, p.columns, kTileK);
@@ -231,11 +232,17 @@ void run_dact(const MoeDactParams& p, cudaStream_t stream) {
   launch_kernel<Config, RowProduct, DactTile>(params, row_tiles<Config>(p.rows, p.experts, n_tiles), stream);
 }
 
+template <class Element, int kParts, int kCluster>
+void choose_wide_dact(const MoeDactParams& p, cudaStream_t stream) {
+  if (choose_dact_load_warps(p.contraction) == 1) return run_dact<Element, kParts, 256, kCluster, 1>(p, stream);
+  run_dact<Element, kParts, 256, kCluster, 2>(p, stream);
+}
+
 template <class Element, int kParts>
 void choose_dact(const MoeDactParams& p, cudaStream_t stream) {
-  if (choose_dact_columns(p.columns) == 128) return run_dact<Element, kParts, 128, 1>(p, stream);
-  if (choose_dact_load_warps(p.contraction) == 1) return run_dact<Element, kParts, 256, 1>(p, stream);
-  run_dact<Element, kParts, 256, 2>(p, stream);
+  if (choose_dact_columns(p.columns) == 128) return run_dact<Element, kParts, 128, 2, 1>(p, stream);
+  if (choose_gathered_cluster(p.rows, p.experts) == 1) return choose_wide_dact<Element, kParts, 1>(p, stream);
+  choose_wide_dact<Element, kParts, 2>(p, stream);
 }
 
 template <class Element>

@@ -4,6 +4,7 @@
 
 #include "activation.cuh"
 #include "launch.cuh"
+#include "tile_shape.h"
 
 namespace ling::gemm {
 
@@ -88,10 +89,10 @@ struct ActivateTile {
   int half_;
 };
 
-template <class Element, int kParts>
+template <class Element, int kParts, int kCluster>
 void run_up(const MoeUpParams& p, cudaStream_t stream) {
   // Without a gate the epilogue transforms every accumulator, which leaves no registers for 256 columns.
-  using Config = Config<Element, kParts == 2 ? 256 : 128, 2, Major::K, Major::K, Rows::kGathered, kParts>;
+  using Config = Config<Element, kParts == 2 ? 256 : 128, kCluster, Major::K, Major::K, Rows::kGathered, kParts>;
   const int64_t n_tiles = ceil_div<int64_t>(p.columns, Config::kPartN);
   KernelParams<ActivateTile<Config, RowProduct<Config>>> params{};
   params.b = make_weight_parts_map(p.dtype, p.weight, p.experts, kParts, p.columns, p.contraction, Config::kBoxN);
@@ -108,10 +109,16 @@ void run_up(const MoeUpParams& p, cudaStream_t stream) {
   launch_kernel<Config, RowProduct, ActivateTile>(params, row_tiles<Config>(p.rows, p.experts, n_tiles), stream);
 }
 
+template <class Element, int kParts>
+void choose_up(const MoeUpParams& p, cudaStream_t stream) {
+  if (choose_gathered_cluster(p.rows, p.experts) == 1) return run_up<Element, kParts, 1>(p, stream);
+  run_up<Element, kParts, 2>(p, stream);
+}
+
 template <class Element>
 void moe_up(const MoeUpParams& p, cudaStream_t stream) {
-  if (is_gated(p.activation)) return run_up<Element, 2>(p, stream);
-  run_up<Element, 1>(p, stream);
+  if (is_gated(p.activation)) return choose_up<Element, 2>(p, stream);
+  choose_up<Element, 1>(p, stream);
 }
 
 extern template void moe_up<cute::bfloat16_t>(const MoeUpParams&, cudaStream_t);
