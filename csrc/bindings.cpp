@@ -274,8 +274,30 @@ void check_bias(const char* label, const std::optional<Tensor>& bias, const Tens
   if (bias) Arg("moe_decode", label, *bias).with(x).dtype({x.scalar_type()}).shape({experts, width}).contiguous();
 }
 
+// Of how many slices of width `inner` the shared expert consists; 0 where there is none. Puts its weights on a
+// boundary.
+int64_t count_shared(const Tensor& x, int64_t inner, bool gated, std::optional<Tensor>& gate, std::optional<Tensor>& up,
+                     std::optional<Tensor>& down) {
+  const char* op = "moe_decode";
+  expect(up.has_value() == down.has_value() && gate.has_value() == (gated && up.has_value()), op,
+         "the shared expert's weights must all be given, or none");
+  if (!up) return 0;
+  const int64_t width = up->size(0);
+  expect(width > 0 && inner > 0 && width % inner == 0, op, "shared_up must have a multiple of ", inner, " rows; got ",
+         Shape{*up});
+  for (auto [label, weight] : {std::pair{"shared_gate", &gate}, std::pair{"shared_up", &up}}) {
+    if (!*weight) continue;
+    **weight = on_boundary(**weight);
+    Arg(op, label, **weight).with(x).dtype({x.scalar_type()}).shape({width, x.size(1)}).contiguous();
+  }
+  *down = on_boundary(*down);
+  Arg(op, "shared_down", *down).with(x).dtype({x.scalar_type()}).shape({x.size(1), width}).contiguous();
+  return width / inner;
+}
+
 Tensor moe_decode(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor indices,
                   std::optional<Tensor> token_row, std::optional<Tensor> up_bias, std::optional<Tensor> down_bias,
+                  std::optional<Tensor> shared_gate, std::optional<Tensor> shared_up, std::optional<Tensor> shared_down,
                   int64_t activation, double limit) {
   const char* op = "moe_decode";
   x = on_boundary(x);
@@ -299,9 +321,12 @@ Tensor moe_decode(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tenso
   }
   check_bias("up_bias", up_bias, x, experts, parts * inner);
   check_bias("down_bias", down_bias, x, experts, hidden);
-  expect(tokens * choices <= kDecodeMaxPairs && experts <= kDecodeMaxExperts, op, "takes at most ", kDecodeMaxPairs,
-         " pairs and ", kDecodeMaxExperts, " experts; got ", tokens * choices, " and ", experts);
-  Tensor a = empty(x, {tokens * choices, inner}, x.scalar_type());
+  const int64_t shared = count_shared(x, inner, is_gated(code), shared_gate, shared_up, shared_down);
+  expect(shared == 0 || (!up_bias && !down_bias), op, "takes no biases beside a shared expert");
+  const int64_t pairs = tokens * (choices + shared);
+  expect(pairs <= kDecodeMaxPairs && experts + shared <= kDecodeMaxExperts, op, "takes at most ", kDecodeMaxPairs,
+         " pairs and ", kDecodeMaxExperts, " experts; got ", pairs, " and ", experts + shared);
+  Tensor a = empty(x, {pairs, inner}, x.scalar_type());
   Tensor out = empty(x, {tokens, hidden}, x.scalar_type());
   const Launch launch(x);
   launch_moe_decode({.x = x.data_ptr(),
@@ -312,6 +337,9 @@ Tensor moe_decode(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tenso
                      .token_row = input<int32_t>(token_row),
                      .up_bias = up_bias ? up_bias->data_ptr() : nullptr,
                      .down_bias = down_bias ? down_bias->data_ptr() : nullptr,
+                     .shared_gate = shared_gate ? shared_gate->data_ptr() : nullptr,
+                     .shared_up = shared_up ? shared_up->data_ptr() : nullptr,
+                     .shared_down = shared_down ? shared_down->data_ptr() : nullptr,
                      .a = a.data_ptr(),
                      .out = out.data_ptr(),
                      .hidden = hidden,
@@ -319,6 +347,7 @@ Tensor moe_decode(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tenso
                      .tokens = static_cast<int>(tokens),
                      .choices = static_cast<int>(choices),
                      .experts = static_cast<int>(experts),
+                     .shared = static_cast<int>(shared),
                      .long_ids = indices.scalar_type() == ScalarType::Long,
                      .activation = code,
                      .limit = static_cast<float>(limit),

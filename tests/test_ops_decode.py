@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ import ling_ops as lo
 from ling_ops import moe_mlp
 from ling_ops.ops import _decode
 from ling_ops.ops._decode import MAX_PAIRS, MAX_TOKENS, decode_limit
+from ling_ops.reference.activation import ACTIVATIONS
 
 ROUNDINGS = 2  # a and the output; h and y stay in fp32
 LOW = [torch.bfloat16, torch.float16]
@@ -55,6 +58,91 @@ def decode_cases(draw: st.DrawFn) -> MlpCase:
 @given(case=decode_cases())
 def test_equals_the_reference(device: torch.device, case: MlpCase) -> None:
     check(case.to(device))
+
+
+@st.composite
+def shared_cases(draw: st.DrawFn) -> tuple[MlpCase, _decode.SharedExpert]:
+    """A layer without biases and a shared expert one to three times as wide as the others."""
+    experts, slices = draw(st.sampled_from([1, 3, 40, 256])), draw(st.integers(1, 3))
+    case = make_mlp(
+        draw(st.one_of(st.integers(0, 6), st.integers(0, MAX_TOKENS))),
+        8 * draw(st.sampled_from([1, 7, 32, 265])),
+        8 * draw(st.integers(1, 33)),
+        experts,
+        draw(st.integers(1, min(experts, 7))),
+        dtype=draw(st.sampled_from(LOW)),
+        activation=draw(st.sampled_from([*GATED, *PLAIN])),
+        style=draw(st.sampled_from(["uniform", "skewed", "one_expert", "bad_ids"])),
+        seed=draw(st.integers(0, 99)),
+    )
+    hidden, width = case.x.shape[1], slices * case.down.shape[2]
+    gen = generator(7)
+    gate, up = (
+        (torch.randn(width, hidden, generator=gen) / hidden**0.5).to(case.x.dtype) for _ in range(2)
+    )
+    down = (torch.randn(hidden, width, generator=gen) / width**0.5).to(case.x.dtype)
+    gated = case.options["activation"] in GATED
+    return case, _decode.SharedExpert(gate if gated else None, up, down)
+
+
+def with_shared(x, gate_up, down, weights, indices, gate, up, shared_down, *, activation):
+    return torch.ops.ling_ops.moe_decode(
+        x, gate_up, down, weights.to(torch.promote_types(x.dtype, torch.float32)), indices, None,
+        None, None, gate, up, shared_down, ACTIVATIONS.index(activation), math.inf,
+    )  # fmt: skip
+
+
+def check_shared(case: MlpCase, shared: _decode.SharedExpert) -> None:
+    tensors, options = (*case.tensors, *shared), {"activation": case.options["activation"]}
+    exact = truth64(reference_with_shared, *tensors, **options)
+    assert_within(
+        with_shared(*tensors, **options),
+        exact,
+        naive=reference_with_shared(*tensors, **options),
+        magnitude=exact.abs().max() if exact.numel() else 0.0,
+        length=case.x.shape[1] + case.down.shape[2] + shared.up.shape[0],
+        roundings=ROUNDINGS,
+    )
+
+
+def reference_with_shared(x, gate_up, down, weights, indices, gate, up, shared_down, *, activation):
+    """By the definition: the layer, and the shared expert as a layer of one expert."""
+    first = up if gate is None else torch.cat([gate, up])
+    every = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)
+    return truth(moe_mlp, x, gate_up, down, weights, indices, activation=activation) + truth(
+        moe_mlp, x, first[None], shared_down[None], torch.ones_like(every, dtype=weights.dtype),
+        every, activation=activation,
+    )  # fmt: skip
+
+
+@given(drawn=shared_cases())
+def test_a_shared_expert_in_the_same_launches(device: torch.device, drawn) -> None:
+    case, shared = drawn
+    shared = _decode.SharedExpert(*(None if t is None else t.to(device) for t in shared))
+    check_shared(case.to(device), shared)
+
+
+@pytest.mark.cuda
+def test_a_shared_expert_changes_no_token_by_the_batch(device: torch.device) -> None:
+    case = make_mlp(MAX_TOKENS, 264, 200, 128, 8, dtype=torch.bfloat16, style="skewed").to(device)
+    gate, up = (torch.randn(400, 264, device=device).bfloat16() / 16 for _ in range(2))
+    shared = gate, up, torch.randn(264, 400, device=device).bfloat16() / 16
+    whole = with_shared(*case.tensors, *shared, activation="swiglu")
+    for size in (1, 3, 4, 17, 33):
+        for first in range(0, MAX_TOKENS, size):
+            part = slice(first, first + size)
+            some = with_shared(*case.take(part).tensors, *shared, activation="swiglu")
+            assert_bitwise(some, whole[part], f"{first} + {size}")
+
+
+def test_which_shared_experts_go_along() -> None:
+    def takes(width: int, tokens: int = 64, k: int = 8, inner: int = 512) -> bool:
+        shared = _decode.SharedExpert(None, torch.empty(width, 0), torch.empty(0, width))
+        ids, down = torch.empty(tokens, k), torch.empty(256, 0, inner)
+        return _decode.takes_shared(shared, ids, down)
+
+    assert takes(512) and takes(1024) and not takes(1536) and takes(1536, tokens=58)
+    assert not takes(256) and not takes(768) and not takes(0)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_gradients_of_wide_experts(device: torch.device, inner: int) -> None:
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 @pytest.mark.parametrize("style", ["uniform", "skewed", "empty_experts", "one_expert"])
 def test_many_rows_an_expert(device, tokens: int, activation: str, style: str) -> None:
-    """3 experts, on both sides of 512 rows for each: there the kernels go over to pairs of blocks."""
+    """On both sides of 512 rows an expert, where kernels go over to pairs of blocks."""
     case = make_mlp(
         tokens, 136, 264, 3, 1, dtype=torch.bfloat16, activation=activation, style=style
     )

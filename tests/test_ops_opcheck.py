@@ -102,9 +102,11 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
             (dy.clone(), dy, 3, math.inf),
         ],
         "moe_decode": [
-            (x, b, down, weights, ids, None, None, None, 0, 1.0),
+            (x, b, down, weights, ids, None, None, None, None, None, None, 0, 1.0),
             (x, b, down_plain, weights, indices, routing.token_row, b[..., 0].contiguous(),
-             down_plain[..., 0].contiguous(), 6, math.inf),
+             down_plain[..., 0].contiguous(), None, None, None, 6, math.inf),
+            (x, b, down, weights, indices, None, None, None, b[0, : N // 2].contiguous(),
+             b[1, : N // 2].contiguous(), down[0].contiguous(), 0, math.inf),
         ],
     }  # fmt: skip
 

@@ -35,9 +35,7 @@ class Down {
 
   __device__ void run() {
     const int units = slots_.count * chunks_;
-    for (int pair = threadIdx.x; pair < p_.tokens * p_.choices; pair += kThreads) {
-      weights_[pair] = __ldcg(p_.weights + pair);
-    }
+    for (int pair = threadIdx.x; pair < p_.pairs(); pair += kThreads) weights_[pair] = weight_of(pair);
     if (units > 0) {
       stream(*this, sums_, threadIdx.x / 32, units, kWarps, batches_);
     } else {
@@ -49,9 +47,13 @@ class Down {
 
   __device__ Strip<Element> locate(int unit) const {
     const int row = blockIdx.x * kColumns + threadIdx.x % 32 / 4;
-    const Element* weights =
-        static_cast<const Element*>(p_.down_proj) + (slots_.expert[unit / chunks_] * p_.hidden + row) * p_.inner;
-    return {weights, row + 8 < p_.hidden ? weights + 8 * p_.inner : nullptr, range_of(unit)};
+    const int64_t expert = slots_.expert[unit / chunks_];
+    const bool is_shared = expert >= p_.experts;
+    const int64_t pitch = is_shared ? p_.shared * p_.inner : p_.inner;
+    const Element* weights = is_shared ? static_cast<const Element*>(p_.shared_down) + (expert - p_.experts) * p_.inner
+                                       : static_cast<const Element*>(p_.down_proj) + expert * p_.hidden * p_.inner;
+    weights += row * pitch;
+    return {weights, row + 8 < p_.hidden ? weights + 8 * pitch : nullptr, range_of(unit)};
   }
 
   // Weights, which no kernel writes, are on their way before the kernel in front has ended; a is read after that.
@@ -79,6 +81,12 @@ class Down {
   }
 
  private:
+  __device__ float weight_of(int pair) const {
+    const int token = pair / p_.per_token();
+    const int k = pair - token * p_.per_token();
+    return k < p_.choices ? __ldcg(p_.weights + token * p_.choices + k) : 1.0f;
+  }
+
   __device__ Range range_of(int unit) const {
     const int begin = min(unit % chunks_ * chunk_length_, static_cast<int>(p_.inner));
     return {begin, min(begin + chunk_length_, static_cast<int>(p_.inner))};
@@ -91,8 +99,8 @@ class Down {
       if (column >= p_.hidden) continue;
       float sum = 0.0f;
 #pragma unroll 4
-      for (int k = 0; k < p_.choices; ++k) {
-        const int pair = static_cast<int>(token) * p_.choices + k;
+      for (int k = 0; k < p_.per_token(); ++k) {
+        const int pair = static_cast<int>(token) * p_.per_token() + k;
         const int expert = slots_.expert_of[pair];
         float row = 0.0f;
         for (int chunk = 0; chunk < chunks_; ++chunk) {
@@ -122,16 +130,16 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps) down_kernel(const __
   extern __shared__ __align__(16) char memory[];
   auto& slots = *reinterpret_cast<Slots*>(memory);
   int* demand = reinterpret_cast<int*>(&slots + 1);
-  auto* weights = reinterpret_cast<float*>(demand + p.experts);
+  auto* weights = reinterpret_cast<float*>(demand + p.experts + p.shared);
   allow_next();
   find_slots<32 * kWarps>(p, slots, demand);
-  Down<Element, kWarps>(p, slots, weights, weights + p.tokens * p.choices).run();
+  Down<Element, kWarps>(p, slots, weights, weights + p.pairs()).run();
 }
 
 template <typename Element, int kWarps>
 void launch(const MoeDecodeParams& p, unsigned blocks, cudaStream_t stream) {
-  const int floats = p.tokens * p.choices * (1 + kColumns * chunks_for(p.inner, p.choices));
-  const size_t bytes = sizeof(Slots) + p.experts * sizeof(int) + floats * sizeof(float);
+  const int floats = p.pairs() * (1 + kColumns * chunks_for(p.inner, p.choices));
+  const size_t bytes = sizeof(Slots) + (p.experts + p.shared) * sizeof(int) + floats * sizeof(float);
   launch_block<down_kernel<Element, kWarps>>("moe_decode down", {blocks, 32 * kWarps, bytes, true}, stream, p);
 }
 

@@ -20,7 +20,14 @@ struct Slots {
   int16_t expert_of[kDecodeMaxPairs];  // of a pair; -1 where skipped
 };
 
+// `pair` counts a token's own choices, then the parts of the shared expert.
 __device__ inline int expert_of_pair(const MoeDecodeParams& p, int pair) {
+  if (p.shared > 0) {
+    const int token = pair / p.per_token();
+    const int k = pair - token * p.per_token();
+    if (k >= p.choices) return p.experts + k - p.choices;
+    pair = token * p.choices + k;
+  }
   const int64_t id = p.long_ids ? __ldcg(static_cast<const long long*>(p.indices) + pair)
                                 : __ldcg(static_cast<const int*>(p.indices) + pair);
   const bool dropped = p.token_row != nullptr && __ldcg(p.token_row + pair) < 0;
@@ -47,7 +54,7 @@ __device__ inline int exclusive_sum(int value, int* warp_sum) {
 __device__ inline void find_few_slots(const MoeDecodeParams& p, Slots& slots) {
   const int lane = threadIdx.x;
   if (lane < 32) {
-    const int expert = lane < p.tokens * p.choices ? expert_of_pair(p, lane) : -1;
+    const int expert = lane < p.pairs() ? expert_of_pair(p, lane) : -1;
     const unsigned mates = __match_any_sync(~0u, expert);
     const unsigned before = (1u << lane) - 1;
     const int place = __popc(mates & before);
@@ -75,15 +82,16 @@ __device__ inline void find_few_slots(const MoeDecodeParams& p, Slots& slots) {
   __syncthreads();
 }
 
-// Fills `slots`, the same in every block. `demand` [experts] is scratch in shared memory.
+// Fills `slots`, the same in every block. `demand` [experts + shared] is scratch in shared memory.
 template <int kThreads>
 __device__ inline void find_slots(const MoeDecodeParams& p, Slots& slots, int* demand) {
-  const int pairs = p.tokens * p.choices;
+  const int pairs = p.pairs();
+  const int experts = p.experts + p.shared;
   if (pairs <= 32) return find_few_slots(p, slots);
-  for (int e = threadIdx.x; e < p.experts; e += kThreads) demand[e] = 0;
+  for (int e = threadIdx.x; e < experts; e += kThreads) demand[e] = 0;
   __syncthreads();
 
-  constexpr int kPairsPerThread = kDecodeMaxPairs / kThreads;
+  constexpr int kPairsPerThread = ceil_div(kDecodeMaxPairs, kThreads);
   int expert[kPairsPerThread];
   int place[kPairsPerThread];
 #pragma unroll
@@ -96,9 +104,9 @@ __device__ inline void find_slots(const MoeDecodeParams& p, Slots& slots, int* d
   __syncthreads();
 
   // A thread's run of experts; pairs are summed in the low half, slots in the high half.
-  const int run = ceil_div(p.experts, kThreads);
-  const int first = min(static_cast<int>(threadIdx.x) * run, p.experts);
-  const int last = min(first + run, p.experts);
+  const int run = ceil_div(experts, kThreads);
+  const int first = min(static_cast<int>(threadIdx.x) * run, experts);
+  const int last = min(first + run, experts);
   int own = 0;
   for (int e = first; e < last; ++e) own += demand[e] + (ceil_div(demand[e], kGroup) << 16);
   int sum = exclusive_sum(own, slots.warp_sum);

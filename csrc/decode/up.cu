@@ -41,9 +41,10 @@ class Up {
   }
 
   __device__ Strip<Element> locate(int strip) const {
-    const int64_t first_row = static_cast<int64_t>(shared_.slots.expert[slot_of(strip)]) * kParts * p_.inner;
+    const int64_t expert = shared_.slots.expert[slot_of(strip)];
     const int column = column_of(strip) + threadIdx.x % 32 / 4;
-    const Element* weights = static_cast<const Element*>(p_.proj) + (first_row + column) * p_.hidden;
+    if (expert >= p_.experts) return locate_shared(expert - p_.experts, column);
+    const Element* weights = static_cast<const Element*>(p_.proj) + (expert * kParts * p_.inner + column) * p_.hidden;
     if constexpr (kGated) return {weights, weights + p_.inner * p_.hidden, range_};
     return {weights, column + 8 < p_.inner ? weights + 8 * p_.hidden : nullptr, range_};
   }
@@ -55,7 +56,7 @@ class Up {
     const int place = threadIdx.x % 32 / 4;
     sums_.vector = nullptr;
     if (place >= shared_.slots.size[slot]) return;
-    const int token = shared_.slots.pairs[shared_.slots.begin[slot] + place] / p_.choices;
+    const int token = shared_.slots.pairs[shared_.slots.begin[slot] + place] / p_.per_token();
     sums_.vector = static_cast<const Element*>(p_.x) + token * p_.hidden;
   }
 
@@ -79,6 +80,13 @@ class Up {
   }
 
  private:
+  __device__ Strip<Element> locate_shared(int64_t part, int column) const {
+    const int64_t at = (part * p_.inner + column) * p_.hidden;
+    const Element* up = static_cast<const Element*>(p_.shared_up) + at;
+    if constexpr (kGated) return {static_cast<const Element*>(p_.shared_gate) + at, up, range_};
+    return {up, column + 8 < p_.inner ? up + 8 * p_.hidden : nullptr, range_};
+  }
+
   __device__ int column_of(int strip) const { return strip % strips_per_expert_ * kColumns; }
 
   __device__ int slot_of(int strip) const { return strip / strips_per_expert_; }
@@ -142,9 +150,9 @@ __global__ void __launch_bounds__(kThreads, 4) up_kernel(const __grid_constant__
 
 template <typename Element, bool kGated>
 void launch(const MoeDecodeParams& p, cudaStream_t stream) {
-  const int64_t strips = int64_t{1} * p.tokens * p.choices * ceil_div<int64_t>(p.inner, kGated ? 8 : 16);
+  const int64_t strips = int64_t{1} * p.pairs() * ceil_div<int64_t>(p.inner, kGated ? 8 : 16);
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(4 * sm_count(), strips));
-  const size_t bytes = sizeof(UpShared) + p.experts * sizeof(int);
+  const size_t bytes = sizeof(UpShared) + (p.experts + p.shared) * sizeof(int);
   launch_block<up_kernel<Element, kGated>>("moe_decode up", {blocks, kThreads, bytes, true}, stream, p);
 }
 

@@ -344,6 +344,4 @@ def _add_layer_(x: Tensor, mlp: nn.Module, normed: Tensor, active: Tensor | None
         x.add_(mlp(normed, token_mask=active))
     else:
         routed = mlp.gate(normed)
-        x.add_(mlp.experts(normed, routed.weights, routed.indices))
-        if mlp.shared_experts is not None:
-            add_mlp_(x, mlp.shared_experts, normed)
+        x.add_(mlp.all_experts(normed, routed.weights, routed.indices))

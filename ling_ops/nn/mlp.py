@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ling_ops.ops._decode import SharedExpert
+
 from ._common import check_activation, check_positive, init_normal
 
 
@@ -68,6 +70,20 @@ def is_hooked(*modules: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         for module in modules
     )
+
+
+def shared_weights(mlp: nn.Module) -> SharedExpert | None:
+    """The weights of an MLP that is nothing but its three products; None for another."""
+    if type(mlp) is not MLP or is_hooked(mlp):
+        return None
+    linears = [
+        linear for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj) if linear is not None
+    ]
+    plain = all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+    if not plain or is_hooked(*linears):
+        return None
+    gate = None if mlp.gate_proj is None else mlp.gate_proj.weight
+    return SharedExpert(gate, mlp.up_proj.weight, mlp.down_proj.weight)
 
 
 def add_linear_(x: torch.Tensor, linear: nn.Module, a: torch.Tensor) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ling_ops import ops
+from ling_ops.ops._shared import decode_with_shared
 
 from ._common import check_positive
 from .experts import Experts
-from .mlp import MLP, add_mlp_, is_hooked
+from .mlp import MLP, add_mlp_, is_hooked, shared_weights
 from .router import Router, RouterOutput
 
 PRIORITIES = ("position", "probability")
@@ -132,10 +133,33 @@ class MoE(nn.Module):
             "weights": weights.detach(),
             "token_mask": token_mask,
         }
-        out = self.experts(flat, weights, indices, routing=routing)
-        if self.shared_experts is not None:
-            out = self._add_shared(out, flat)
+        out = self.all_experts(flat, weights, indices, routing)
         return out.view(x.shape)
+
+    def all_experts(
+        self,
+        flat: torch.Tensor,
+        weights: torch.Tensor,
+        indices: torch.Tensor,
+        routing: ops.Routing | None = None,
+    ) -> torch.Tensor:
+        """Routed and shared experts of x ``[T,H]``, in the same launches where tokens are few."""
+        if self.shared_experts is None:
+            return self.experts(flat, weights, indices, routing=routing)
+        out = self._decode(flat, weights, indices, routing)
+        if out is not None:
+            return out
+        return self._add_shared(self.experts(flat, weights, indices, routing=routing), flat)
+
+    def _decode(self, flat, weights, indices, routing) -> torch.Tensor | None:
+        experts, shared = self.experts, shared_weights(self.shared_experts)
+        plain = type(experts) is Experts and not is_hooked(experts) and experts.down_bias is None
+        if shared is None or not plain:
+            return None
+        return decode_with_shared(
+            flat, experts.first_weight, experts.down_proj, weights, indices, shared,
+            activation=experts.activation, swiglu_limit=experts.swiglu_limit, routing=routing,
+        )  # fmt: skip
 
     def _add_shared(self, out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         # In place it saves a pass over out. But who watches the experts may keep what they gave,

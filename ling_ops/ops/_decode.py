@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from ..reference.activation import ACTIVATIONS
 from ..reference.route import Routing
 from ._backend import use_kernel
 
-#: Limits of the kernels.
+#: Limits of the kernels. Pairs are those of the routed experts; a shared expert's come on top.
 MAX_TOKENS, MAX_PAIRS, MAX_EXPERTS = 64, 512, 4096
+MAX_PAIRS_WITH_SHARED = 640
 #: Above it the streaming itself, 2 % slower than the grouped products', outweighs what one route,
 #: one combine and the launches between cost: elements of one projection of all chosen experts.
 MAX_STREAMED = 640 * 2**20
@@ -61,6 +63,23 @@ def runs_decode(
     return use_kernel("moe_decode", x) and tokens <= decode_limit(k, *down_proj.shape)
 
 
+class SharedExpert(NamedTuple):
+    """An expert that every token takes with a weight of 1."""
+
+    gate: Tensor | None  # [S,H], None for an activation without a gate
+    up: Tensor  # [S,H]
+    down: Tensor  # [H,S]
+
+
+def takes_shared(shared: SharedExpert, indices: Tensor, down_proj: Tensor) -> bool:
+    """Whether `moe_decode` can take `shared` along: as slices as wide as the routed experts."""
+    slices, rest = divmod(shared.up.shape[0], down_proj.shape[2])
+    tokens, k = indices.shape
+    experts = down_proj.shape[0] + slices
+    pairs = tokens * (k + slices)
+    return rest == 0 and slices > 0 and experts <= MAX_EXPERTS and pairs <= MAX_PAIRS_WITH_SHARED
+
+
 def moe_decode(
     x: Tensor,
     proj: Tensor,
@@ -73,8 +92,11 @@ def moe_decode(
     *,
     activation: str,
     swiglu_limit: float | None,
+    shared: SharedExpert | None = None,
 ) -> Tensor:
-    """`moe_mlp` on bf16 or fp16 CUDA tensors whose H and I are multiples of 8."""
+    """`moe_mlp`, plus `shared` (no biases beside it), on bf16 or fp16 CUDA tensors whose H and I
+    are multiples of 8."""
+    more = (None, None, None) if shared is None else shared
     biases = (None if b is None else b.to(x.dtype).contiguous() for b in (up_bias, down_bias))
     return torch.ops.ling_ops.moe_decode(
         x.contiguous(),
@@ -84,6 +106,7 @@ def moe_decode(
         indices.contiguous(),
         None if routing is None else routing.token_row,
         *biases,
+        *(None if t is None else t.contiguous() for t in more),
         ACTIVATIONS.index(activation),
         math.inf if swiglu_limit is None else swiglu_limit,
     )

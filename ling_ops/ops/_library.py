@@ -273,7 +273,8 @@ _define(
 )
 _define(
     "moe_decode(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor indices, "
-    "Tensor? token_row, Tensor? up_bias, Tensor? down_bias, int activation, float limit) -> Tensor",
+    "Tensor? token_row, Tensor? up_bias, Tensor? down_bias, Tensor? shared_gate, "
+    "Tensor? shared_up, Tensor? shared_down, int activation, float limit) -> Tensor",
     moe_mlp.moe_decode,
     lambda x, *unused: x.new_empty(x.shape),
 )

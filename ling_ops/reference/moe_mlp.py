@@ -133,16 +133,21 @@ def moe_decode(
     token_row: Tensor | None,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
+    shared_gate: Tensor | None,
+    shared_up: Tensor | None,
+    shared_down: Tensor | None,
     activation: int,
     limit: float,
 ) -> Tensor:
     """`moe_mlp` of the pairs whose `token_row` is not negative; None keeps all.
 
-    `activation` indexes `ACTIVATIONS`; `limit` is infinite for none.
+    With `shared_gate` [S,H] (None without a gate), `shared_up` [S,H] and `shared_down` [H,S], S a
+    multiple of I, plus what this expert gives for each token. `activation` indexes `ACTIVATIONS`;
+    `limit` is infinite for none.
     """
     if token_row is not None:
         indices = torch.where(token_row >= 0, indices, -1)
-    return moe_mlp(
+    out = moe_mlp(
         x,
         proj,
         down_proj,
@@ -153,6 +158,11 @@ def moe_decode(
         activation=ACTIVATIONS[activation],
         swiglu_limit=None if limit == float("inf") else limit,
     )
+    if shared_up is None:
+        return out
+    h = x @ (shared_up if shared_gate is None else torch.cat([shared_gate, shared_up])).T
+    a = activate(h, ACTIVATIONS[activation], None if limit == float("inf") else limit)
+    return out + a @ shared_down.T
 
 
 def moe_dw(dy: Tensor, x: Tensor, row_token: Tensor, offsets: Tensor, gather_x: bool) -> Tensor:

@@ -1,0 +1,66 @@
+"""``MoE`` with shared experts on few tokens, without gradients: one operator for all experts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import ling_ops
+from ling_ops.nn import MoE
+
+H, E, K, I = 16, 8, 2, 24
+pytestmark = pytest.mark.cuda
+
+
+def make(device: torch.device, **changes) -> MoE:
+    options = {"init_std": 0.3, "device": device, "dtype": torch.bfloat16, **changes}
+    return MoE(H, E, K, I, **options).eval()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 8, 9])
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_few_tokens_take_the_shared_experts_along(tokens, shared, activation, device):
+    """One operator where no gradient is wanted: up to 8 tokens of 8 experts, two choices each."""
+    if ling_ops.backend_info()["ops"]["moe_decode"]["backend"] != "cuda":
+        pytest.skip("moe_decode has no kernel here")
+    layer = make(device, num_shared_experts=shared, activation=activation)
+    x = torch.randn(tokens, H, device=device).bfloat16()
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        out = layer(x)
+    names = {event.key for event in profile.key_averages()}
+    assert ("ling_ops::moe_decode" in names) == (tokens <= 8)
+    assert ("aten::addmm_" in names) == (tokens > 8)
+    exact = copy.deepcopy(layer).double()
+    with torch.no_grad(), ling_ops.use_backend("reference"):
+        want = exact.experts(x.double(), *exact.gate(x.double())[:2])
+        want += exact.shared_experts(x.double())
+    torch.testing.assert_close(out.double(), want, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("change", ["hook", "bias", "dtype", "gradient", "autocast", "width"])
+def test_shared_experts_that_take_their_own_launches(change, device):
+    options = {"num_shared_experts": 1}
+    if change == "bias":
+        options["expert_mlp_bias"] = True
+    if change == "width":
+        options["shared_intermediate_size"] = I + 8
+    layer = make(device, **options)
+    if change == "hook":
+        layer.shared_experts.up_proj.register_forward_hook(lambda *_: None)
+    if change == "dtype":
+        layer.shared_experts.float()
+        layer.shared_experts.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    x = torch.randn(4, H, device=device).bfloat16()
+    with (
+        torch.set_grad_enabled(change == "gradient"),
+        torch.autocast("cuda", torch.bfloat16, enabled=change == "autocast"),
+    ):
+        assert layer._decode(x, torch.rand(4, K, device=device), ids(device), None) is None
+        assert layer(x).isfinite().all()
+
+
+def ids(device: torch.device) -> torch.Tensor:
+    return torch.zeros(4, K, dtype=torch.int32, device=device)
