@@ -42,7 +42,7 @@ def token_cases(layer: Layer, gate_up: torch.Tensor, down: torch.Tensor) -> Iter
                 x[i], gate_up, down, w, ids[i]
             ),
         }
-        if tokens <= decode_limit(layer.K, *down.shape):
+        if tokens <= decode_limit(layer.K, layer.E):
             providers["ling_ops, one path"] = one_path(providers["ling_ops"])
         if theirs is not None:
             providers["transformers"] = lambda i, x=x, w=weights, ids=ids: theirs(

@@ -147,11 +147,11 @@ def test_which_shared_experts_go_along() -> None:
 
 @pytest.mark.parametrize(
     "shape,most",
-    [((8, 256, 2048, 512), 64), ((8, 256, 4096, 1024), 20), ((8, 128, 2048, 768), 32),
-     ((2, 8, 4096, 14336), 8), ((1, 8, 64, 64), 16), ((32, 64, 64, 64), 4)],
+    [((8, 256), 64), ((8, 128), 64), ((8, 64), 32), ((2, 8), 16), ((1, 8), 32), ((32, 64), 8),
+     ((1, 4096), 64), ((1, 4097), 0)],
 )  # fmt: skip
-def test_threshold(shape: tuple[int, ...], most: int) -> None:
-    """(k, experts, hidden, inner) -> the largest number of tokens."""
+def test_threshold(shape: tuple[int, int], most: int) -> None:
+    """(k, experts) -> the largest number of tokens."""
     assert decode_limit(*shape) == most
 
 

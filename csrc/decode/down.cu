@@ -35,7 +35,6 @@ class Down {
 
   __device__ void run() {
     const int units = slots_.count * chunks_;
-    for (int pair = threadIdx.x; pair < p_.pairs(); pair += kThreads) weights_[pair] = weight_of(pair);
     if (units > 0) {
       stream(*this, sums_, threadIdx.x / 32, units, kWarps, batches_);
     } else {
@@ -57,7 +56,10 @@ class Down {
   }
 
   // Weights, which no kernel writes, are on their way before the kernel in front has ended; a is read after that.
-  __device__ void ready() const { wait_for_previous(); }
+  __device__ void ready() const {
+    for (int pair = threadIdx.x; pair < p_.pairs(); pair += kThreads) weights_[pair] = weight_of(pair);
+    wait_for_previous();
+  }
 
   __device__ void start(int unit) {
     const int slot = unit / chunks_;

@@ -46,7 +46,7 @@ constexpr int choose_dact_load_warps(int64_t contraction) { return contraction <
 // against 0.518 (backward) at 65536 rows of 256 experts, 363 against 392 us (up) at 4096 rows. With 1024 rows per
 // expert they are 4 % faster by themselves, but what they read twice costs power: the whole step is 1 % slower at the
 // card's limit.
-constexpr int64_t kGatheredPairRows = 512;
+constexpr int64_t kGatheredPairRows = 640;
 constexpr int choose_gathered_cluster(int64_t rows, int64_t experts) {
   return rows < kGatheredPairRows * experts ? 1 : 2;
 }

@@ -17,9 +17,9 @@ from ._backend import use_kernel
 #: Limits of the kernels. Pairs are those of the routed experts; a shared expert's come on top.
 MAX_TOKENS, MAX_PAIRS, MAX_EXPERTS = 64, 512, 4096
 MAX_PAIRS_WITH_SHARED = 640
-#: Above it the streaming itself, 2 % slower than the grouped products', outweighs what one route,
-#: one combine and the launches between cost: elements of one projection of all chosen experts.
-MAX_STREAMED = 640 * 2**20
+#: Tokens that an expert has on average where the grouped products become as fast. (More than eight
+#: of one expert read its weights twice.)
+PAIRS_PER_EXPERT = 4
 
 
 _one_path = False
@@ -41,13 +41,11 @@ def batch_invariant() -> Iterator[None]:
         _one_path = before
 
 
-def decode_limit(k: int, num_experts: int, hidden: int, inner: int) -> int:
-    """The most tokens that `moe_decode` is chosen for: two per expert and choice, and less where
-    weights are large. A function of the layer alone: a token's result is bitwise the same in every
-    batch on the same side of it."""
-    pairs = min(MAX_PAIRS, 2 * num_experts)
-    if num_experts * hidden * inner > MAX_STREAMED:
-        pairs = min(pairs, MAX_STREAMED // (hidden * inner))
+def decode_limit(k: int, num_experts: int) -> int:
+    """The most tokens that `moe_decode` is chosen for: `PAIRS_PER_EXPERT` per expert, at most
+    `MAX_TOKENS` and `MAX_PAIRS`. A function of the layer alone: a token's result is bitwise the
+    same in every batch on the same side of it."""
+    pairs = min(MAX_PAIRS, PAIRS_PER_EXPERT * num_experts)
     return min(MAX_TOKENS, pairs // max(1, k)) if num_experts <= MAX_EXPERTS else 0
 
 
@@ -60,7 +58,7 @@ def runs_decode(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         return False
     tokens, k = indices.shape  # one comparison, so that torch.compile guards on one bound
-    return use_kernel("moe_decode", x) and tokens <= decode_limit(k, *down_proj.shape)
+    return use_kernel("moe_decode", x) and tokens <= decode_limit(k, down_proj.shape[0])
 
 
 class SharedExpert(NamedTuple):

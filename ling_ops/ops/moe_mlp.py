@@ -122,9 +122,9 @@ def moe_mlp(
     out[t] = sum over k of weights[t,k] * down_e(act(gate_up_e(x[t]))), e = indices[t,k]. Products
     accumulate in fp32; so does the sum over k. A pair with an id outside [0, E), or dropped by
     `routing`, adds exactly zero to the output and to every gradient. A token's result is bitwise
-    the same in every batch; without gradients, few tokens (T <= 64, T * K <= 2 E, fewer
-    with large experts: `ling_ops.ops._decode.decode_limit`) are a class of their own, whose kernels
-    round elsewhere; under `ling_ops.batch_invariant()` they are not.
+    the same in every batch; without gradients, few tokens (T <= 64, T * K <= 4 E and
+    <= 512) are a class of their own, whose kernels round elsewhere; under
+    `ling_ops.batch_invariant()` they are not.
 
     Args:
         x: [T, H] float, differentiable.
