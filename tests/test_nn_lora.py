@@ -53,7 +53,9 @@ def test_a_merged_model_gives_the_same_logits(targets):
     plain = model(ids()).logits
     state = {name: value.clone() for name, value in model.state_dict().items()}
     names = add_lora(model, r=3, alpha=6, targets=targets)
-    assert names and torch.equal(model(ids()).logits, plain)  # a new adapter changes nothing
+    assert names
+    # A new adapter adds zeros; the sums around them may be cut otherwise.
+    torch.testing.assert_close(model(ids()).logits, plain, rtol=1e-12, atol=1e-13)
     redraw(model)
     adapted = model(ids()).logits
     assert (adapted - plain).abs().max() > 1e-3
