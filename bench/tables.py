@@ -22,7 +22,10 @@ from verdicts import geometric_mean, ratios
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PAGES = ("README.md", "docs/kernels.md", "docs/finetuning.md", "docs/study.md")
+PAGES = (
+    "README.md", "docs/kernels.md", "docs/finetuning.md", "docs/integrations-peft.md",
+    "docs/study.md",
+)  # fmt: skip
 MARK = re.compile(
     r"(?<=^<!-- table )(\w+)( -->\n)(.*?)(?=^<!-- end -->$)", re.MULTILINE | re.DOTALL
 )
@@ -189,6 +192,25 @@ def lora(record: Record) -> str:
     return table(["tokens", "path", "ms", "peak GiB", "above the frozen layer"], lines)
 
 
+def lora_peft(record: Record) -> str:
+    """`add_lora` beside PEFT's path: times, memory above the frozen layer's, and their ratios."""
+    lines = []
+    for tokens in sorted({row.T for row in record.rows if row.bench == "lora"}, reverse=True):
+        found = [
+            record.find("lora", "fwd_bwd", provider, T=tokens)
+            for provider in ("frozen", "peft", "ling_ops")
+        ]
+        if None in found:
+            continue
+        frozen, peft, ours = found
+        extra = [row.peak_gib - frozen.peak_gib for row in (peft, ours)]
+        times = [digits(peft.ms), f"**{digits(ours.ms)}**", f"{peft.ms / ours.ms:.1f}"]
+        memory = [f"{extra[0]:.3f}", f"**{extra[1]:.3f}**", f"{extra[0] / extra[1]:.0f}"]
+        lines.append([str(tokens), *times, *memory])
+    names = ["PEFT ms", "`add_lora` ms", "times as fast", "PEFT extra GiB", "`add_lora` extra GiB"]
+    return table(["tokens", *names, "times less"], lines)
+
+
 def generate(record: Record) -> str:
     """Tokens per second; a decode row's T is the number of sequences, each with one new token."""
     lines = []
@@ -236,7 +258,7 @@ def studies() -> dict[str, Callable[[Record], str]]:
 
 TABLES: dict[str, Callable[[Record], str]] = {
     "facts": facts, "train": train, "routing": routing, "infer": infer, "products": products,
-    "lora": lora, "generate": generate, **studies(),
+    "lora": lora, "lora_peft": lora_peft, "generate": generate, **studies(),
 }  # fmt: skip
 
 

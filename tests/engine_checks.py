@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ling_ops import parallel
 from ling_ops.models import LingForCausalLM
 from ling_ops.models.ling import LingLayer
-from ling_ops.nn import add_lora
+from ling_ops.nn import add_lora, load_lora, merge_lora, save_lora, unmerge_lora
 from ling_ops.nn.lora import adapters
 
 CHECKS = {}
@@ -132,11 +132,14 @@ def fsdp2_in_mixed_precision(folder: Path) -> None:
     assert seen[-1] < seen[0] - 0.1
 
 
-def adapted(dtype: torch.dtype | None = None) -> LingForCausalLM:
+TARGETS = ["gate_up_proj", "experts.down_proj", "query_key_value"]
+
+
+def adapted(dtype: torch.dtype | None = None, *others: str) -> LingForCausalLM:
     """The tiny model with adapters at experts and attention that do something."""
     model = tiny().to(dtype or torch.float64)
     torch.manual_seed(6)
-    add_lora(model, r=2, targets=["gate_up_proj", "experts.down_proj", "query_key_value"])
+    add_lora(model, r=2, targets=[*TARGETS, *others])
     for _, adapter in adapters(model):
         nn.init.normal_(adapter.b, std=0.1)
     return model
@@ -175,6 +178,95 @@ def lora_in_fp32_beside_bf16_weights_under_fsdp2(folder: Path) -> None:
         optimizer.zero_grad()
         seen.append(loss.item())
     assert seen[-1] < seen[0] - 0.05
+
+
+@check
+def adapters_come_before_engines(folder: Path) -> None:
+    """Nobody would sum the gradients of adapters that are added later."""
+    from torch.distributed.tensor import distribute_tensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    pytest.importorskip("safetensors")
+    saved = folder / f"before-{rank()}"
+    save_lora(adapted(), saved)
+    split, mesh = tiny(), init_device_mesh(device().type, (world(),))
+    linear = split.model.layers[1].attention.query_key_value
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh))
+    models = [
+        (DistributedDataParallel(tiny()), "it is a DistributedDataParallel"),
+        (nn.Sequential(DistributedDataParallel(tiny())), "0 is a DistributedDataParallel"),
+        (shard(tiny()), "it is a FSDPModule"),
+        (split, r"weight of model\.layers\.1\.attention\.query_key_value is a DTensor"),
+    ]
+    for model, found in models:
+        for add in (lambda m: add_lora(m, targets=TARGETS), lambda m: load_lora(m, saved)):
+            with pytest.raises(ValueError, match=f"model: .*{found}: add_lora and load_lora come"):
+                add(model)
+        assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+@check
+def adapters_are_saved_under_engines(folder: Path) -> None:
+    """The files are those of a plain model, also from what a forward left gathered."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.nn.parallel import DistributedDataParallel
+
+    pytest.importorskip("safetensors")
+    exact, narrow = adapted(torch.float32, "lm_head"), MixedPrecisionPolicy(torch.bfloat16)
+    save_lora(exact, folder / f"plain-{rank()}", base_model="base")
+    for name, wrap in (
+        ("ddp", DistributedDataParallel),
+        ("compiled", lambda m: torch.compile(DistributedDataParallel(m), backend="eager")),
+        ("fsdp2", lambda m: shard(m, mp_policy=narrow)),
+    ):
+        model = wrap(adapted(torch.float32, "lm_head"))
+        saved = folder / (name if name == "fsdp2" else f"{name}-{rank()}")
+        if name != "compiled":
+            with torch.no_grad():
+                model(batches()[rank()])
+        save_lora(model, saved, base_model="base")
+        distributed.barrier()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            right = (folder / f"plain-{rank()}" / file).read_bytes()
+            assert (saved / file).read_bytes() == right, name
+        assert len(list(saved.iterdir())) == 2
+        distributed.barrier()
+
+
+@check
+def what_needs_whole_weights_refuses_parts_of_them(folder: Path) -> None:
+    model = shard(adapted())
+    for _ in range(2):
+        before = {name: full(tensor).clone() for name, tensor in model.state_dict().items()}
+        for change in (merge_lora, unmerge_lora):
+            with pytest.raises(ValueError, match="a rank has only a part: call save_lora here"):
+                change(model)
+        same(model.state_dict(), before)
+        with torch.no_grad():
+            model(batches()[rank()])  # leaves the root's weights gathered
+    plain = shard(tiny())
+    with pytest.raises(ValueError, match=r"get_model_state_dict\(model, options=StateDictOptions"):
+        plain.save_pretrained(folder / "part")
+    assert not (folder / "part").exists()
+
+
+@check
+def the_way_to_whole_weights(folder: Path) -> None:
+    """What the errors name, then merged and saved on one process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    pytest.importorskip("safetensors")
+    model = shard(adapted())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if rank() == 0:
+        whole, exact = adapted(), adapted()
+        nn.init.zeros_(whole.lm_head.weight)
+        whole.load_state_dict(state)
+        merge_lora(whole)
+        merge_lora(exact)
+        for mine, right in zip(whole.parameters(), exact.parameters(), strict=True):
+            assert torch.equal(mine, right)
 
 
 @check

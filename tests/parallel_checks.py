@@ -238,6 +238,38 @@ def shards_are_the_inverse_of_gathering(folder: Path) -> None:
 
 
 @check
+def experts_are_spread_once(folder: Path) -> None:
+    model, mesh = parallel.parallelize(tiny(), parallel.expert_mesh()), parallel.expert_mesh()
+    shapes = [parameter.shape for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="model must have whole experts, got one that parallelize"):
+        parallel.parallelize(model, mesh)
+    assert [parameter.shape for parameter in model.parameters()] == shapes
+    with pytest.raises(ValueError, match="experts must be whole ones, got a ParallelExperts"):
+        ParallelExperts(moe_modules(model)[0].experts, group(), None)
+
+
+@check
+def only_whole_models_are_saved(folder: Path) -> None:
+    """A rank's own experts are no checkpoint; what ``gather_tensors`` gives makes one."""
+    pytest.importorskip("safetensors")
+    model, saved = tiny().bfloat16(), folder / f"published-{rank()}"
+    exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parallel.parallelize(model, parallel.expert_mesh())
+    if world() > 1:
+        has = rf"layers\.1\.mlp\.experts\.\w+ has {E // world()} of {E} experts: .*gather_tensors"
+        with pytest.raises(ValueError, match=has):
+            model.save_pretrained(saved)
+        assert not saved.exists()
+    whole = LingForCausalLM(model.config, device="meta")
+    tensors = parallel.gather_tensors(model, model.state_dict())
+    whole.load_state_dict(tensors, assign=True)
+    whole.save_pretrained(saved)
+    found = LingForCausalLM.from_pretrained(saved, device=device()).state_dict()
+    assert found.keys() == exact.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in exact.items())
+
+
+@check
 def evaluation_needs_no_gradients(folder: Path) -> None:
     whole, spread = tiny().eval(), parallel.parallelize(tiny(), parallel.expert_mesh()).eval()
     ids = torch.randint(32, (1, 5), generator=torch.Generator().manual_seed(rank())).to(device())

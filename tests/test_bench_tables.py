@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -36,7 +37,7 @@ def test_pages_hold_what_the_record_holds(tables, record):
 
 
 @pytest.mark.parametrize(
-    "name", ["facts", "train", "routing", "infer", "products", "lora", "generate"]
+    "name", ["facts", "train", "routing", "infer", "products", "lora", "lora_peft", "generate"]
 )
 def test_a_changed_figure_is_written_anew(tables, record, name):
     page = f"before\n<!-- table {name} -->\n| 1 | 2 |\n<!-- end -->\nafter\n"
@@ -44,6 +45,24 @@ def test_a_changed_figure_is_written_anew(tables, record, name):
     assert "| 1 | 2 |" not in new
     assert new.startswith("before\n") and new.endswith("<!-- end -->\nafter\n")
     assert tables.filled(new, record) == new
+
+
+def test_lora_beside_peft_compares_rows_of_the_same_size(tables):
+    """Ratios of hand-made rows, and none where a row of that size is missing."""
+    same = dict.fromkeys((field.name for field in dataclasses.fields(tables.Row)), None)
+    same |= {"bench": "lora", "what": "fwd_bwd"}
+    found = {
+        8: {"frozen": (1.0, 2.0), "peft": (6.0, 4.0), "ling_ops": (3.0, 2.5)},
+        16: {"frozen": (1.0, 2.0), "peft": (10.0, 5.0)},
+    }
+    record = tables.Record({"rows": []})
+    record.rows = [
+        tables.Row(**(same | {"T": tokens, "provider": provider, "ms": ms, "peak_gib": gib}))
+        for tokens, of in found.items()
+        for provider, (ms, gib) in of.items()
+    ]
+    lines = tables.lora_peft(record).splitlines()[2:]
+    assert lines == ["| 8 | 6.00 | **3.00** | 2.0 | 2.000 | **0.500** | 4 |"]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,60 @@ def test_one_half_alone(capsys):
     assert "decoding_floor" not in _facts(capsys, "tiny", "--only", "training")
 
 
+def test_assumptions_are_those_that_a_figure_takes(capsys):
+    either = {"model", "usd_per_gpu_hour", "sequence_length", "micro_batch_size",
+              "activation_checkpointing", "batch_size", "context"}  # fmt: skip
+    serving = _facts(capsys, "tiny", "--only", "serving", "--usd-per-kwh", "0.1")["assumptions"]
+    assert set(serving) == either | {"serve_dtype", "kv_dtype"}
+    training = _facts(capsys, "tiny", "--only", "training", "--usd-per-kwh", "0.1")["assumptions"]
+    assert set(training) == either | {
+        "tokens", "mfu", "dtype", "shard", "micro_batches", "usd_per_kwh",
+    }  # fmt: skip
+    assert training["usd_per_kwh"] == 0.1 and training["sequence_length"] == 4096
+
+
+def _refusal(capsys, *arguments: str) -> str:
+    assert main(["cost", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    return shown.err
+
+
+def test_the_half_that_does_not_fit_is_named(capsys):
+    serving = _refusal(capsys, "ling-1t", "--gpus", "368")
+    assert "serving: gpus: got 368, over which no layout fits; it fits 32" in serving
+    assert "--only training leaves serving out" in serving
+    facts = _facts(capsys, "ling-1t", "--gpus", "368", "--only", "training")
+    assert facts["training_layout"]["gpus"] == 368
+    training = _refusal(capsys, "ling-mini-2.0", "--gpus", "1")
+    assert "training: gpus: got 1" in training and "--only serving leaves training" in training
+    alone = _refusal(capsys, "ling-mini-2.0", "--gpus", "1", "--only", "training")
+    assert "training: gpus: got 1" in alone and "--only" not in alone
+    assert "training" not in _refusal(capsys, "ling-mini-2.0", "--tensor-parallel", "3")
+
+
+def test_replicas_without_a_sequence_are_refused_or_counted(capsys):
+    few = ("ling-mini-2.0", "--batch-size", "3", "--data-parallel", "64")
+    refused = _refusal(capsys, *few)
+    assert "serving: batch_size: got 3, need at least 64 for 64 GPUs" in refused
+    told = _facts(capsys, *few, "--expert-parallel", "32")["serving_layout"]
+    assert told["replicas_without_sequence"] == 61
+    whole = _facts(capsys, "ling-mini-2.0", "--gpus", "64", "--batch-size", "256")
+    assert whole["serving_layout"]["replicas_without_sequence"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["nosuch"], "preset"), (["ling-mini-2.0"], "preset"), (["--gpus", "3"], "--gpus"),
+     (["--gpus", "0"], "--gpus"), (["--gpu", "h100"], "--gpu"), (["--mfu", "0.4"], "--mfu"),
+     (["--layouts", "--only", "serving"], "--layouts, --only"), (["--power-w", "1"], "--power-w"),
+     (["--model", "num_layers=2"], "--model"), (["--usd-per-kwh", "0"], "--usd-per-kwh"),
+     (["--activation-checkpointing"], "--activation-checkpointing")],
+)  # fmt: skip
+def test_the_article_takes_no_other_flag(capsys, arguments, word):
+    assert f"--article: got {word}" in _refusal(capsys, *arguments, "--article", "--json")
+
+
 def test_memory_is_told_by_dtype_and_by_layout(capsys):
     facts = _facts(capsys, "ling-mini-2.0", "--gpus", "8", "--layouts")
     fp32, bf16, fp8 = facts["memory_by_dtype"]
@@ -95,7 +149,8 @@ def test_article_table_marks_the_electricity(capsys):
     row = next(line for line in rows if line.strip().startswith("electricity"))
     assert "6.451" in row and "does not follow" in row
     text = "\n".join(" ".join(line.split()) for line in rows)
-    assert "first token, dense 10T 1,200 to 2,000 at least 1,002 ms follows" in text
+    assert "first token, dense 10T 1,200 to 2,000 at least 8,013 ms does not follow" in text
+    assert "first token, MoE 10T 350 to 600 at least 1,011 ms does not follow" in text
     assert "memory of MoE 10T parameters at most 280 5,000 GB does not follow" in text
 
 
@@ -150,7 +205,17 @@ def test_a_terminal_gets_rich_tables_and_plain_ones_without_rich(monkeypatch):
      (["--data-parallel", "4", "--expert-parallel", "8"], "expert_parallel"),
      (["--dtype", "int1"], "dtype"), (["--serve-dtype", "int1"], "dtype"),
      (["--gpu", "a100", "--dtype", "fp8"], "no fp8"), (["--sequence-length", "9999999"], "not fit"),
-     (["--only", "serving", "--gpus", "1", "--memory-gb", "24"], "at least")],
+     (["--only", "serving", "--gpus", "1", "--memory-gb", "24"], "at least"),
+     (["--only", "serving", "--mfu", "7"], "mfu"),
+     (["--only", "serving", "--tokens", "-5"], "tokens"),
+     (["--only", "serving", "--dtype", "int1"], "dtype"),
+     (["--only", "serving", "--shard", "x"], "shard"),
+     (["--only", "serving", "--micro-batches", "0"], "micro_batches"),
+     (["--only", "serving", "--usd-per-kwh", "-1"], "usd_per_kwh"),
+     (["--only", "serving", "--micro-batch-size", "0"], "micro_batch_size"),
+     (["--only", "training", "--batch-size", "-5"], "batch_size"),
+     (["--only", "training", "--serve-dtype", "int1"], "serve_dtype"),
+     (["--only", "training", "--kv-dtype", "int1"], "kv_dtype")],
 )  # fmt: skip
 def test_nonsense_is_one_line(capsys, arguments, word):
     assert main(["cost", "ling-mini-2.0", *arguments]) == 2

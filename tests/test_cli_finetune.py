@@ -188,6 +188,22 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_happened(
     assert done.returncode == 0, done.stderr
     for file, content in step_files(run, 6).items():
         assert step_files(part, 6)[file] == content, file
+    # With LoRA this is --merge, which only the first command had.
+    for name, tensor in tensors_of(run / "model").items():
+        assert_bitwise(tensors_of(part / "model")[name], tensor, name)
+
+
+def test_a_run_goes_on_from_any_working_folder(base, text, tmp_path, monkeypatch, capsys):
+    """Base and text were named relative to where the run began."""
+    for name, target in (("base", base), ("text", text)):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main([str(a) for a in arguments("base", "text", "run", "--steps", 1)]) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["finetune", "--resume", "--output", str(tmp_path / "run"), "--steps", "2"]) == 0
+    said = capsys.readouterr()
+    assert "at step 1" in said.out and said.err == ""
 
 
 def test_recomputing_layers_changes_nothing(base, text, tmp_path):
@@ -219,10 +235,13 @@ def published(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_published_checkpoint_with_its_tokenizer(method, published, text, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", "bf16"), ("lora", "fp32"), ("full", "bf16")]
+)
+def test_a_published_checkpoint_with_its_tokenizer(method, dtype, published, text, tmp_path):
+    """What is merged is in the checkpoint's dtype, whatever the run's."""
     run = tmp_path / "run"
-    extra = ["--steps", 3, "--method", method, "--merge", "--dtype", "bf16"]
+    extra = ["--steps", 3, "--method", method, "--merge", "--dtype", dtype]
     done = run_here(*arguments(published, text, run, *extra))
     assert done.returncode == 0, done.stderr
     assert "tokens to train on" in done.stdout

@@ -10,7 +10,7 @@ import torch
 from cli_runner import run_here, train_arguments, write_text
 from tolerances import assert_bitwise
 
-from ling_ops.cli import main, prune
+from ling_ops.cli import generate, main, prune
 from ling_ops.models import LingConfig, LingForCausalLM, prune_experts
 
 for needed in ("safetensors", "matplotlib", "tensorboard", "rich"):
@@ -41,6 +41,7 @@ def test_the_result_is_a_checkpoint(by, trained, tmp_path, capsys):
     assert main(arguments(trained, output, "--keep", "0.5", "--by", by)) == 0
     said = capsys.readouterr().out
     assert f"by {by}" in said and "2 of 4 experts held" in said and "2 experts per layer" in said
+    assert "measuring 512 tokens" in said and "asked for" not in said
     model = LingForCausalLM.from_pretrained(output)
     assert model.config.num_experts == 2
     command = ["generate", "--checkpoint", str(output), "--max-new-tokens", "4", "--device", "cpu"]
@@ -99,7 +100,7 @@ def test_a_published_checkpoint_keeps_its_tokenizer(trained, tmp_path, capsys):
         (["--keep", "0.5", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--keep", "0.5", "--sequence-length", "1"], "--sequence-length must be at least 2"),
         (["--keep", "0.5", "--data", "nosuch"], "no such file or folder: 'nosuch'"),
-        (["--keep", "0.5", "--sequence-length", "999999"], "too little data"),
+        (["--keep", "0.5", "--sequence-length", "999999", "--tokens", "999999"], "too little data"),
         (["--keep", "0.5", "--checkpoint", "nosuch"], "no such checkpoint: 'nosuch'"),
     ],
 )
@@ -110,12 +111,41 @@ def test_nonsense(extra, message, trained, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_share_that_leaves_too_few(trained, tmp_path, capsys):
+def test_a_share_that_leaves_too_few(trained, tmp_path, capsys, monkeypatch):
     run, text = tmp_path / "run", trained[1]
     done = run_here(*train_arguments(text, run, "--steps", 1))  # two experts per token
     assert done.returncode == 0, done.stderr
-    assert main(arguments((run, text), tmp_path / "x", "--keep", "0.25")) == 2
-    assert "leaves 1 experts per layer" in capsys.readouterr().err
+    given = arguments((run, text), tmp_path / "x", "--keep", "0.25")
+    # Said before anything is read but the configuration, for both kinds of checkpoint.
+    monkeypatch.setattr(generate, "load", None)
+    assert main(given) == 2
+    assert "--keep 0.25 leaves 1 experts per layer" in capsys.readouterr().err
+    sizes = {"hidden_size": 32, "num_layers": 1, "layer_pattern": None, "num_experts": 8}
+    LingForCausalLM(LingConfig.preset("tiny", **sizes)).save_pretrained(tmp_path / "published")
+    given = arguments((tmp_path / "published", text), tmp_path / "x", "--keep", "0.1")
+    assert main(given) == 2
+    assert "--keep 0.1 leaves 1 experts per layer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "said"),
+    [
+        (1, 100_000, "measuring 1 tokens by usage, in sequences of 1\n"),
+        (50, 100_000, "measuring 50 tokens by usage, in sequences of 50\n"),
+        (50, 32, "measuring 32 tokens by usage, in sequences of 32\n"),
+    ],
+)
+def test_no_more_tokens_than_asked_for(tokens, length, said, trained, tmp_path, capsys):
+    extra = ["--keep", "0.5", "--tokens", tokens, "--sequence-length", length]
+    assert main(arguments(trained, tmp_path / "x", *extra)) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_another_share_than_asked_for_is_told(trained, tmp_path, capsys):
+    """Whatever the difference: of 4 experts, 0.4 keeps 2, 0.7 keeps 3."""
+    for keep, told in (("0.4", "kept 50% of the experts where 40%"), ("0.7", "kept 75%")):
+        assert main(arguments(trained, tmp_path / keep, "--keep", keep)) == 0
+        assert told in capsys.readouterr().out
 
 
 def test_a_folder_that_is_not_empty(trained, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -29,6 +30,8 @@ SAME = [
 ]  # fmt: skip
 #: A lost process ends the job within this time; torchrun itself gives the others 30 s.
 ENDS_WITHIN_S = 60
+#: So does one that hangs, after these seconds more; both start within them on a slow machine.
+RANK_TIMEOUT_S = 10
 
 
 def torchrun(ranks: int, *arguments: object) -> list[str]:
@@ -147,27 +150,39 @@ def workers_of(launcher: int) -> list[int]:
     return sorted(found)
 
 
-def disturb(text: Path, run: Path, disturbance) -> tuple[int, str, str, float]:
+def kill_workers(pids: list[int]) -> None:
+    """End what is left of a job, which a stopped process would never do by itself."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if b"ling_ops.cli" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+
+
+def disturb(text: Path, run: Path, disturbance, *extra: object) -> tuple[int, str, str, float]:
     """(status, stdout, stderr, seconds to the end) of an endless run that is disturbed.
 
     ``disturbance`` gets the launcher's process id once there is a checkpoint.
     """
-    endless = [*RUN, "--steps", 100_000, "--checkpoint-every", 1, "--expert-parallel"]
+    endless = [*RUN, "--steps", 100_000, "--checkpoint-every", 1, "--expert-parallel", *extra]
     launcher = subprocess.Popen(
         torchrun(2, *train_arguments(text, run, *endless)), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     latest, limit = run / "checkpoints" / "latest", time.monotonic() + 120
+    workers = []
     try:
         while not latest.exists():
             assert launcher.poll() is None and time.monotonic() < limit
             time.sleep(0.05)
+        workers = workers_of(launcher.pid)
         disturbance(launcher.pid)
         since = time.monotonic()
         out, errors = launcher.communicate(timeout=2 * ENDS_WITHIN_S)
         return launcher.returncode, out, errors, time.monotonic() - since
     finally:
+        workers += workers_of(launcher.pid)
         launcher.kill()
+        kill_workers(workers)
 
 
 def goes_on_alone(run: Path) -> None:
@@ -186,6 +201,29 @@ def test_a_killed_process_ends_the_job_with_an_error(lost, text, tmp_path) -> No
     assert status != 0 and took < ENDS_WITHIN_S
     assert "Signal 9 (SIGKILL)" in errors or "another process of this run was lost" in errors
     goes_on_alone(run)
+
+
+def test_a_process_that_hangs_ends_the_job_with_an_error(text, tmp_path) -> None:
+    """After --rank-timeout seconds, and the 30 that torchrun leaves the one that hangs."""
+    run, workers = tmp_path / "run", []
+
+    def hang(launcher: int) -> None:
+        workers.extend(workers_of(launcher))
+        os.kill(workers[1], signal.SIGSTOP)
+
+    status, _, errors, took = disturb(text, run, hang, "--rank-timeout", RANK_TIMEOUT_S)
+    assert status != 0 and RANK_TIMEOUT_S - 1 < took < RANK_TIMEOUT_S + ENDS_WITHIN_S
+    assert errors.count("another process of this run was lost") == 1
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    goes_on_alone(run)
+
+
+def test_a_folder_that_holds_a_run_is_refused_once(pair, text) -> None:
+    """The main process says so; the others add nothing."""
+    done = run_ranks(2, *train_arguments(text, pair[0], *RUN, "--expert-parallel"))
+    assert done.returncode != 0
+    assert done.stderr.count("ling-ops: error") == 1 and "already holds a run" in done.stderr
+    assert "was lost" not in done.stderr and "SIGABRT" not in done.stderr
 
 
 def test_sigterm_saves_and_ends_all_processes(text, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 from cli_runner import run_here, write_text
 
+from ling_ops import route, routing_stats
 from ling_ops.cli import main
 from ling_ops.cli.study import (
     NAMES,
+    add_parser,
     balance,
     capacity,
     hierarchy,
@@ -23,7 +26,7 @@ from ling_ops.cli.study import (
     sparsity,
 )
 from ling_ops.cli.study.report import COLUMNS, Table, span
-from ling_ops.cli.study.trial import _Events
+from ling_ops.cli.study.trial import _Events, balance_of, make_setup, train
 from ling_ops.models import LingConfig, LingForCausalLM
 
 for needed in ("safetensors", "tensorboard", "rich"):
@@ -308,3 +311,42 @@ def test_an_unknown_study(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["study", "magic"])
     assert stopped.value.code == 2 and "balance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("counts", [[4, 0, 9, 3], [2, 2, 2, 2], [0, 0, 0, 0]])
+def test_balance_of_a_step_is_that_of_the_statistics(counts):
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(counts)).view(-1, 1)
+    stats = routing_stats(route(ids, 4), indices=ids)
+    load = torch.tensor(counts)
+    found = balance_of(load)
+    for name in ("max_vio", "cv", "entropy", "dead_experts"):
+        assert found[name] == pytest.approx(float(stats[name]), abs=1e-6)
+    assert found["utilization"] == pytest.approx((load / max(1, sum(counts))).tolist())
+
+
+def test_micro_batches_are_measured_on_the_whole_step(tmp_path):
+    """A share of the demand of four forwards is a multiple of one over all their pairs, and in
+    some layer not of one over the last forward's alone."""
+    write_text(tmp_path / "text")
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    words = [
+        "study",
+        "balance",
+        "--steps",
+        "4",
+        "--output",
+        tmp_path / "out",
+        "--data",
+        tmp_path / "text",
+    ]
+    setup = make_setup(parser.parse_args([str(word) for word in words]))
+    (micro,) = (variant for variant in balance.variants(setup) if variant.run)
+    trained = train(setup, micro, 0)
+    pairs = setup.batch_size * setup.sequence_length * trained.model.config.num_experts_per_token
+    shares = torch.tensor(
+        [layer["utilization"] for event in trained.layers for layer in event], dtype=torch.float64
+    )
+    counts = shares * pairs
+    assert torch.allclose(counts, counts.round(), atol=1e-6)
+    assert (counts.round().long() % 4 != 0).any()

@@ -22,6 +22,7 @@ def _claims(figure: str) -> list[cost.Claim]:
      ("Ling-1T: training text", 166.7), ("hidden gains", 2900.0), ("mean use of an expert, "
       "unbalanced", 12.5), ("$ per million tokens, MoE 10T", 1.08),
      ("Ling-1T over GPT-4: cost of inference", 2.556), ("NPV against API, summary", 0.7),
+     ("first token, dense 10T", 8013.0), ("first token, MoE 10T", 1011.0),
      ("MoE 10T: hardware", 149.6), ("gain per 10T, 10T to 100T", 0.2)],
 )  # fmt: skip
 def test_what_does_not_follow_is_marked(figure, computed):
@@ -37,6 +38,12 @@ def test_what_does_not_follow_is_marked(figure, computed):
 )  # fmt: skip
 def test_what_follows_is_not(figure):
     assert all(claim.verdict == "follows" for claim in _claims(figure))
+
+
+def test_the_first_token_comes_from_the_columns_own_gpus():
+    for figure, gpus in (("dense 10T", "8 A100"), ("MoE 10T", "4 H100")):
+        (claim,) = _claims(f"first token, {figure}")
+        assert claim.floor and gpus in claim.how
 
 
 def test_what_has_no_inputs_is_called_given():

@@ -128,6 +128,30 @@ def test_a_given_number_of_gpus_is_used_or_refused():
         cost.serving_layout(MINI, H100, LOAD, expert_parallel=-1)
 
 
+def test_serving_gives_each_replica_a_sequence():
+    assert cost.serving_layout(MINI, H100, LOAD, gpus=32).data == 32
+    wide = cost.serving_layout(MINI, H100, LOAD, gpus=64)
+    assert (wide.data, wide.tensor, wide.expert) == (32, 2, 1)
+    few = cost.Load(batch_size=3, context=4096)
+    for degrees in ({"tensor_parallel": 1}, {"expert_parallel": 16, "tensor_parallel": 1}):
+        with pytest.raises(cost.FitError, match=r"batch_size: got 3, need at least .* it fits 1"):
+            cost.serving_layout(MINI, H100, few, gpus=64 * 16, **degrees)
+    for price in (cost.decoding_cost, cost.prefill_cost):
+        with pytest.raises(cost.CostError, match="batch_size: got 3, need at least 64"):
+            price(MINI, H100, few, layout=cost.Layout(data=64))
+
+
+def test_replicas_without_a_sequence_may_share_experts():
+    few = cost.Load(batch_size=3, context=4096)
+    told = cost.serving_layout(MINI, H100, few, gpus=64, tensor_parallel=1, expert_parallel=32)
+    assert (told.data, told.expert) == (64, 32)
+    big, one = LingConfig.preset("ling-1t"), cost.Load(1, 4096, "fp8")
+    least = cost.serving_layout(big, H100, one)
+    assert least.data > 1 == least.expert_copies
+    assert cost.serving_layout(big, H100, one, gpus=least.gpus) == least
+    assert cost.decoding_cost(big, H100, one, layout=least).step_ms > 0
+
+
 def test_what_no_number_of_gpus_holds_is_said():
     with pytest.raises(cost.CostError, match="does not fit"):
         cost.training_layout(MINI, H100, sequence_length=10**6)

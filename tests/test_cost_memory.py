@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +155,33 @@ def test_a_step_of_small_takes_what_the_gpu_reported(batch, length, dtype, again
 def test_so_do_other_models(preset, changes, batch, length, measured):
     found = cost.training_memory(LingConfig.preset(preset, **changes), batch, length)
     assert found.peak_bytes == pytest.approx(measured, rel=0.02)
+
+
+#: What the page's table calls models.
+OF_PAGE = {
+    "`small`": ("small", {}),
+    "`small`, plain GELU, 8 KV heads, V = 4096, no shared expert": (
+        "small", {"num_kv_heads": 8, "num_shared_experts": 0, "activation": "gelu",
+                  "vocab_size": 4096}),
+    "`ling-mini-2.0`, its first 3 layers": ("ling-mini-2.0", {"num_layers": 3}),
+}  # fmt: skip
+
+
+def test_the_page_predicts_what_the_formula_gives():
+    page = (Path(__file__).parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
+    _, _, table = page.partition("| measured | predicted | off by |\n")
+    rows = table.partition("\n\n")[0].splitlines()[1:]
+    assert len(rows) == len(MEASURED) + 2
+    for row in rows:
+        cells = [cell.strip() for cell in row.split("|")[1:-1]]
+        model, size, dtype, again, measured, *shown = cells
+        (preset, changes), (batch, length) = OF_PAGE[model], map(int, size.split(" x "))
+        peak = cost.training_memory(
+            LingConfig.preset(preset, **changes), batch, length, dtype=dtype,
+            activation_checkpointing=again == "yes",
+        ).peak_bytes / 1e9  # fmt: skip
+        off = 100 * (peak / float(measured) - 1)
+        assert shown == [f"{peak:.3f}", f"{off:.1f} %".replace("-0.0", "0.0")], row
 
 
 @pytest.mark.cuda

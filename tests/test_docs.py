@@ -58,6 +58,12 @@ def prepare_peft() -> None:
     prepare_transformers()
 
 
+def prepare_engines() -> None:
+    for needed in ("accelerate", "safetensors"):
+        pytest.importorskip(needed)
+    pytest.importorskip("transformers", minversion="5.8")
+
+
 def prepare_training() -> None:
     for needed in ("safetensors", "matplotlib", "tensorboard", "rich"):
         pytest.importorskip(needed)
@@ -70,6 +76,7 @@ PREPARE = {
     "pruning.md": lambda: prepare_finetuning(experts=32),
     "integrations-peft.md": prepare_peft,
     "integrations-transformers.md": prepare_transformers,
+    "training-engines.md": prepare_engines,
 }
 
 

@@ -54,6 +54,20 @@ def test_peft_reads_our_files(targets, tmp_path):
     torch.testing.assert_close(mine, expected, rtol=0, atol=2e-5)
 
 
+def test_peft_reads_our_files_onto_our_model(tmp_path):
+    model, _ = pair()
+    base = LingForCausalLM(model.config).eval()
+    base.load_state_dict(model.state_dict())
+    add_lora(model, r=4, alpha=8, targets=[*EXPERTS, "query_key_value"])
+    for _, adapter in adapters(model):
+        torch.nn.init.normal_(adapter.b, std=0.1)
+    save_lora(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        mine, expected = model(tokens()).logits, loaded(tokens()).logits
+    torch.testing.assert_close(mine, expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("targets", [EXPERTS, EXPERTS[:1], EXPERTS[1:]])
 @pytest.mark.parametrize("rank_stabilised", [False, True])
 def test_we_read_peft_files(targets, rank_stabilised, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.8")
 import transformers
-from tolerances import LAYER_ROUNDINGS, assert_bitwise, assert_within
-from transformers_models import FAMILIES, build, experts_of
+from tolerances import LAYER_ROUNDINGS, assert_bitwise, assert_within, unit_roundoff
+from transformers_models import FAMILIES, all_experts, build, experts_of
 
+import ling_ops
 import ling_ops.integrations.transformers as integration
+from ling_ops.ops import _backend
 
 pytestmark = pytest.mark.filterwarnings("ignore::ling_ops.ops._backend.FallbackWarning")
 
@@ -25,12 +28,17 @@ def tokens(device: torch.device, length: int = 23) -> torch.Tensor:
     return torch.randint(1, 64, (2, length), generator=generator).to(device)
 
 
+def weighting_of(logits: torch.Tensor) -> torch.Tensor:
+    """Weights of an objective, the same numbers in every dtype from bf16 on."""
+    weighting = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
+    return weighting.bfloat16().to(logits)
+
+
 def results(model, input_ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
     """Logits, and the gradients of all parameters for a fixed weighting of the logits."""
     logits = model(input_ids, use_cache=False).logits
-    weighting = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
     names, parameters = zip(*model.named_parameters(), strict=True)
-    objective = (logits * weighting.to(logits)).sum()
+    objective = (logits * weighting_of(logits)).sum()
     grads = torch.autograd.grad(objective, parameters, allow_unused=True)
     return {"logits": logits.detach(), **dict(zip(names, grads, strict=True))}
 
@@ -61,6 +69,45 @@ def test_logits_and_all_gradients_agree(family, device, monkeypatch):
     assert_agrees(actual, exact, naive, model.config.num_hidden_layers)
     experts = next(n for n, grad in exact.items() if "experts" in n and "down_proj" in n)
     assert exact[experts].abs().max() > 1e-2  # the experts are seen in the objective
+
+
+def assert_as_good(actual: dict, exact: dict, naive: dict, layers: int) -> None:
+    """In the norm of a tensor: at most twice eager's error, and what rounding alone may add.
+
+    Both are samples of the same roundings in another order, and a norm over a tensor scatters far
+    less than its largest element. Roundings have independent signs, so that n of them add up to
+    sqrt(n); they rule where eager's error is small by luck.
+    """
+    for name, truth in exact.items():
+        if truth is None:
+            assert actual[name] is None and naive[name] is None, name
+            continue
+        assert actual[name].dtype == naive[name].dtype, name
+        error, usual = (float((found[name].double() - truth).norm()) for found in (actual, naive))
+        rounding = math.sqrt(LAYER_ROUNDINGS * layers) * unit_roundoff(torch.bfloat16)
+        bound = 2 * usual + rounding * float(truth.norm())
+        told = f"error {error:.3g}, eager's {usual:.3g}, allowed {bound:.3g}"
+        assert error <= bound, f"{name}: {told}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_models_are_as_good_as_eager_ones(family, device, monkeypatch):
+    """In the kernels' dtype and sizes: a GPU that has the kernels must run them.
+
+    Every token takes all experts, so that a rounding cannot flip a choice.
+    """
+    model = build(family, "eager", dtype=torch.bfloat16, **all_experts(family)).to(device)
+    input_ids = tokens(device)
+    naive = results(model, input_ids)
+    exact = results(copy.deepcopy(model).double(), input_ids)
+    assert experts_of(model).down_proj.dtype == torch.bfloat16
+    fallbacks = set()
+    monkeypatch.setattr(_backend, "_warned", fallbacks)  # else each is told once per process
+    model.set_experts_implementation("ling_ops")
+    actual = results(model, input_ids)
+    assert_as_good(actual, exact, naive, model.config.num_hidden_layers)
+    if ling_ops.backend_info()["ops"]["moe_mlp"]["backend"] == "cuda":
+        assert not fallbacks
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,9 +147,8 @@ def test_a_whole_model_compiles_without_a_break(family, device):
     # What recognizes an activation must also work when the first call is a traced one.
     integration_cache().cache_clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
-    weighting = torch.randn(plain["logits"].shape, generator=torch.Generator().manual_seed(4))
     logits = compiled(tokens(device), use_cache=False).logits
-    (logits * weighting.to(logits)).sum().backward()
+    (logits * weighting_of(logits)).sum().backward()
     assert_within(logits, plain["logits"].double(), roundings=LAYER_ROUNDINGS * 2, name="logits")
     for name, parameter in model.named_parameters():
         if plain[name] is not None:

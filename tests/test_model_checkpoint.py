@@ -251,6 +251,45 @@ def test_other_quantizations_are_refused(tmp_path):
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("block", [5, [128], [128, 0], "128", [1.5, 2]])
+def test_a_block_of_another_form_is_refused(tmp_path, block):
+    make(V2).save_pretrained(tmp_path)
+    edit_config(tmp_path, quantization_config={"weight_block_size": block})
+    with pytest.raises(CheckpointError, match=r"weight_block_size: got .*, need two positive ints"):
+        LingForCausalLM.from_pretrained(tmp_path)
+
+
+def test_dtypes_that_stand_for_other_values_are_refused(tmp_path):
+    make(V2).save_pretrained(tmp_path)
+    names = {"lm_head.weight": torch.int8, "model.norm.weight": torch.float8_e4m3fn,
+             "model.layers.1.mlp.experts.2.up_proj.weight": torch.float8_e5m2}  # fmt: skip
+
+    def spoil(tensors):
+        for key, dtype in names.items():
+            tensors[key] = tensors[key].to(dtype)
+        tensors["model.norm.weight_scale_inv"] = torch.ones(1)
+        del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+
+    rewrite(tmp_path, spoil)
+    with pytest.raises(CheckpointError, match="3 of a dtype that cannot be read") as caught:
+        LingForCausalLM.from_pretrained(tmp_path)
+    text, known = str(caught.value), "float64, float32, bfloat16, float16"
+    assert "1 missing: model.layers.1.mlp.experts.3.up_proj.weight" in text
+    assert f"lm_head.weight is int8, need {known}, float8_e4m3fn" in text
+    assert f"model.norm.weight is float8_e4m3fn, need {known}" in text
+    assert f"experts.2.up_proj.weight is float8_e5m2, need {known}, float8_e4m3fn" in text
+
+
+def test_arguments_of_another_type_are_named(tmp_path):
+    model = make(V2)
+    for dtype in ("bfloat16", torch.int32):
+        with pytest.raises(TypeError, match=r"dtype: got .*, need None or one of torch\.float64"):
+            LingForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for limit in ("1GB", 1e9, None):
+        with pytest.raises(TypeError, match=r"max_shard_bytes: got .*, need an int"):
+            model.save_pretrained(tmp_path, max_shard_bytes=limit)
+
+
 def test_dtype_is_chosen_and_the_expert_bias_stays_fp32(tmp_path, device):
     model = make(V2)
     model.save_pretrained(tmp_path)

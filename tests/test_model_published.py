@@ -63,6 +63,8 @@ def test_version_1_has_other_defaults():
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
         ({"expert_swiglu_limit_list": [0, 7.0]}, "expert_swiglu_limit_list"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads: got 0, need a posit"),
+        ({"hidden_size": 8, "head_dim": None}, "hidden_size: got 8, need at least one for each"),
         ({"n_group": 7}, "num_groups"),
         ({"ling_ops": {"no_such": 1}}, "no_such"),
     ],

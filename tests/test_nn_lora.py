@@ -126,12 +126,24 @@ def test_experts_with_biases_and_without_a_gate(activation):
         ({"targets": []}, "need a list of names"),
         ({"r": 0}, "r: got 0"),
         ({"alpha": 0.0}, "alpha: got 0.0"),
+        ({"alpha": "a"}, "alpha: got 'a', need a positive number"),
+        ({"alpha": float("nan")}, "alpha: got nan"),
         ({"dropout": 1.0}, "dropout: got 1.0"),
+        ({"dropout": "0.1"}, "dropout: got '0.1', need a number"),
     ],
 )
 def test_errors_name_the_argument(options, message):
     with pytest.raises(ValueError, match=message):
         add_lora(make(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"])
+def test_adapters_are_in_what_can_be_computed_with(dtype, tmp_path):
+    model = make()
+    for add in (add_lora, lambda m, **options: load_lora(m, tmp_path, **options)):
+        with pytest.raises(TypeError, match=r"dtype: got .*, need None or one of torch\.float64"):
+            add(model, dtype=dtype)
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_adapters_are_added_once():
@@ -169,6 +181,28 @@ def test_a_model_with_adapters_is_not_written_as_a_checkpoint(tmp_path):
     model.save_pretrained(tmp_path / "model")
     again = LingForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+def test_a_merged_model_has_no_state_dict():
+    """It would load as weights and an adapter, which adds the update a second time."""
+    model, fresh = make(), make()
+    for each in (model, fresh):
+        add_lora(each, r=3, targets=EXPERTS)
+    redraw(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merge_lora(model)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.lora\.gate_up_proj is merged"):
+        model.state_dict()
+    with pytest.raises(RuntimeError, match="is merged, what is loaded is not: unmerge_lora comes"):
+        model.load_state_dict(state)
+    unmerge_lora(model)
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(ids()).logits, model(ids()).logits)
+    merge_lora(model)
+    remove_lora(model)
+    plain = make()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(ids()).logits, model(ids()).logits)
 
 
 def test_a_normed_head_is_normed_with_its_adapter():
@@ -233,6 +267,40 @@ def test_a_disk_that_refuses_is_an_os_error(tmp_path):
     with pytest.raises(OSError):
         save_lora(model, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_what_cannot_be_written_leaves_the_old_files(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    import safetensors.torch
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    model = make()
+    add_lora(model, r=3)
+    save_lora(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    redraw(model)
+    monkeypatch.setattr(safetensors.torch, "save", fail)
+    with pytest.raises(MemoryError):
+        save_lora(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_compiled_model_has_the_names_of_its_own(tmp_path):
+    pytest.importorskip("safetensors")
+    model, again = make(), make()
+    names = add_lora(model, r=3, targets=["query_key_value"])
+    save_lora(torch.compile(model, backend="eager"), tmp_path)
+    assert load_lora(torch.compile(again, backend="eager"), tmp_path) == names
+
+
+def test_a_dropout_out_of_range_is_refused_when_it_is_loaded(tmp_path):
+    saved(tmp_path)
+    model = make()
+    with pytest.raises(ValueError, match=r"dropout: got 2\.0, need a number >= 0 and < 1"):
+        load_lora(model, tmp_path, dropout=2.0)
+    assert not adapters(model)
 
 
 def saved(tmp_path):

@@ -68,7 +68,10 @@ def redraw(module: nn.Module) -> None:
 
 
 def build(family: str, implementation: str, **changes) -> nn.Module:
-    """A tiny model of ``family`` in eval mode, the same weights each time (fp32)."""
+    """A tiny model of ``family`` in eval mode, the same weights each time.
+
+    Parameters are fp32 unless the changes of its configuration name a ``dtype``.
+    """
     prefix, sizes = FAMILIES[family]
     config = getattr(transformers, f"{prefix}Config")(**{**_COMMON, **sizes, **changes})
     torch.manual_seed(1)
@@ -76,6 +79,15 @@ def build(family: str, implementation: str, **changes) -> nn.Module:
     model = model_class._from_config(config, experts_implementation=implementation)
     redraw(model)
     return model.eval()
+
+
+def all_experts(family: str) -> dict[str, int]:
+    """Changes of a family's configuration with which every token takes all experts."""
+    sizes = FAMILIES[family][1]
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next(sizes[name] for name in names if name in sizes)
+    groups = {"topk_group": sizes["n_group"]} if "n_group" in sizes else {}
+    return {"num_experts_per_tok": count, **groups}
 
 
 def experts_of(model: nn.Module) -> nn.Module:

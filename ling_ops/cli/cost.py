@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ling_ops.cli.cost_options import (
-    DEGREES,
+    EITHER_WAY,
     FIGURES,
     PRICES,
     SERVING,
     TRAINING,
     add_parser,
+    with_defaults,
 )
 from ling_ops.cli.errors import CommandError
 
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ling_ops.cost import CostError
 
     try:
-        facts = _article() if arguments.article else collect(arguments)
+        facts = _article(arguments) if arguments.article else collect(arguments)
     except (CostError, TypeError, ValueError) as error:
         raise CommandError(str(error), code=2) from error
     if arguments.json:
@@ -39,9 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _article() -> dict[str, Any]:
+def _article(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ling_ops.cli.cost_checks import check_article
     from ling_ops.cost import article_claims
 
+    check_article(arguments)
     return {
         "article": [
             {**dataclasses.asdict(claim), "verdict": claim.verdict} for claim in article_claims()
@@ -52,26 +55,36 @@ def _article() -> dict[str, Any]:
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model under one set of assumptions."""
     from ling_ops import cost
+    from ling_ops.cli.cost_checks import check_values, half
 
+    arguments = with_defaults(arguments)
+    check_values(arguments)
     config = _config(arguments.preset, arguments.model)
     gpu = cost.get_gpu(arguments.gpu, **{name: getattr(arguments, name) for name in FIGURES})
     count = cost.parameters(config)
     flop = cost.flop_per_token(config, arguments.sequence_length, arguments.context)
-    halves = {"serving": TRAINING, "training": SERVING}
-    left_out = halves.get(arguments.only, ())
-    assumed = [name for name in (*TRAINING, *SERVING, *PRICES) if name not in left_out]
     facts = {
-        "assumptions": {"model": arguments.preset, **{k: getattr(arguments, k) for k in assumed}},
+        "assumptions": _assumptions(arguments),
         "parameters": {**dataclasses.asdict(count), "total": count.total, "active": count.active},
         "flop_per_token": dataclasses.asdict(flop),
         "memory_by_dtype": _by_dtype(arguments, config),
         "gpu": dataclasses.asdict(gpu),
     }
     if arguments.only != "serving":
-        facts |= _training(arguments, config, gpu)
+        with half("training", arguments.only):
+            facts |= _training(arguments, config, gpu)
     if arguments.only != "training":
-        facts |= _serving(arguments, config, gpu)
+        with half("serving", arguments.only):
+            facts |= _serving(arguments, config, gpu)
     return facts
+
+
+def _assumptions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that some figure of these halves takes."""
+    halves = {"serving": (*TRAINING, "usd_per_kwh"), "training": SERVING}
+    left_out = set(halves.get(arguments.only, ())).difference(EITHER_WAY)
+    names = [name for name in (*TRAINING, *SERVING, *PRICES) if name not in left_out]
+    return {"model": arguments.preset, **{name: getattr(arguments, name) for name in names}}
 
 
 def _config(name: str, changes: list[str]) -> Any:
@@ -130,24 +143,9 @@ def _layout_rows(config: Any, chosen: Any, gpu: Any, memory: Any) -> list[dict[s
     return rows
 
 
-def _degrees(arguments: argparse.Namespace) -> dict[str, int | None]:
-    """The number of GPUs and the degrees that were asked for; None is searched."""
-    from ling_ops.cost.gpu import CostError, need_integer
-
-    for name in (*DEGREES, "gpus"):
-        if getattr(arguments, name) is not None:
-            need_integer(name, getattr(arguments, name))
-    gpus, tensor, data = arguments.gpus, arguments.tensor_parallel, arguments.data_parallel
-    if data is not None:
-        product = data * (tensor or 1)
-        if gpus not in (None, product):
-            raise CostError(f"gpus: got {gpus}, need data_parallel x tensor_parallel = {product}")
-        gpus, tensor = product, tensor or 1
-    return {"gpus": gpus, "tensor_parallel": tensor, "expert_parallel": arguments.expert_parallel}
-
-
 def _training(arguments: argparse.Namespace, config: Any, gpu: Any) -> dict[str, Any]:
     from ling_ops import cost
+    from ling_ops.cli.cost_checks import degrees
 
     step = {
         "batch_size": arguments.micro_batch_size, "sequence_length": arguments.sequence_length,
@@ -156,7 +154,7 @@ def _training(arguments: argparse.Namespace, config: Any, gpu: Any) -> dict[str,
     }  # fmt: skip
     gpu.rate_flop_per_s(arguments.dtype)  # before anything takes it for a dtype of memory
     held = {**step, "dtype": "bf16"} if arguments.dtype == "fp8" else step
-    layout = cost.training_layout(config, gpu, shard=arguments.shard, **_degrees(arguments), **held)
+    layout = cost.training_layout(config, gpu, shard=arguments.shard, **degrees(arguments), **held)
     memory = cost.training_memory(config, layout=layout, **held)
     training = cost.training_cost(
         config, arguments.tokens, gpu, layout=layout, mfu=arguments.mfu, **step,
@@ -182,16 +180,18 @@ def _training(arguments: argparse.Namespace, config: Any, gpu: Any) -> dict[str,
 
 def _serving(arguments: argparse.Namespace, config: Any, gpu: Any) -> dict[str, Any]:
     from ling_ops import cost
+    from ling_ops.cli.cost_checks import degrees
 
     load = cost.Load(
         arguments.batch_size, arguments.context, arguments.serve_dtype, arguments.kv_dtype
     )
-    layout = cost.serving_layout(config, gpu, load, **_degrees(arguments))
+    layout = cost.serving_layout(config, gpu, load, **degrees(arguments))
     price = {"layout": layout, **_prices(arguments, ("usd_per_gpu_hour",))}
     money = _without_price(arguments, {"usd_per_gpu_hour": "usd_per_million_tokens"})
     prefill = cost.prefill_cost(config, gpu, load, **price)
     decoding = cost.decoding_cost(config, gpu, load, **price)
-    degrees = {name: getattr(layout, name) for name in ("data", "tensor", "expert")}
+    divided = {name: getattr(layout, name) for name in ("data", "tensor", "expert")}
+    idle = max(0, layout.data - load.batch_size)
     rows = {}
     if arguments.layouts:
         rows["serving_layouts"] = _layout_rows(
@@ -199,7 +199,7 @@ def _serving(arguments: argparse.Namespace, config: Any, gpu: Any) -> dict[str, 
         )
     return {
         **rows,
-        "serving_layout": {"gpus": layout.gpus, **degrees},
+        "serving_layout": {"gpus": layout.gpus, **divided, "replicas_without_sequence": idle},
         "serving_memory_per_gpu": _gigabytes(cost.serving_memory(config, load, layout=layout)),
         "prefill_floor": {**dataclasses.asdict(prefill), **money},
         "decoding_floor": {**dataclasses.asdict(decoding), **money},

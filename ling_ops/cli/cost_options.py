@@ -38,6 +38,11 @@ SERVING: dict[str, tuple[Any, str]] = {
     "serve_dtype": ("bf16", "of weights and products: bf16, fp16 or fp8"),
     "kv_dtype": ("bf16", "of the cache: fp32, bf16, fp16 or fp8"),
 }
+#: Of these halves what FLOP per token and memory by dtype take, whichever half is left out.
+EITHER_WAY = ("sequence_length", "micro_batch_size", "activation_checkpointing", "batch_size",
+              "context")  # fmt: skip
+#: Defaults live here and not in the parser: None then means that a flag was not stated.
+PRESET, GPU = "ling-mini-2.0", "h100"
 DESCRIPTION = (
     "Parameters, FLOP per token, memory by dtype and layout, the least number of GPUs, training "
     "time and money, and floors of serving, for a preset or a config. Arithmetic on stated "
@@ -51,13 +56,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "cost", help="what training and serving a model takes", description=DESCRIPTION
     )
     add = parser.add_argument
-    add("preset", nargs="?", default="ling-mini-2.0",
+    add("preset", nargs="?",
         help="preset, a checkpoint's folder, or a JSON file: config.json or the fields of "
-        "LingConfig (default: %(default)s)")  # fmt: skip
+        f"LingConfig (default: {PRESET})")  # fmt: skip
     add("--model", nargs="+", default=[], metavar="NAME=VALUE",
         help="changed fields of LingConfig, such as num_layers=24")  # fmt: skip
     add("--article", action="store_true",
-        help="the article's tables, computed from their own inputs, and nothing else")  # fmt: skip
+        help="the article's tables, from their own inputs; beside it --json alone")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
     add("--layouts", action="store_true", help="also the memory of every layout of so many GPUs")
     add("--only", choices=("training", "serving"), help="default: both")
@@ -66,31 +71,49 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     _add_settings(parser.add_argument_group("serving"), SERVING)
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
+def stated(arguments: argparse.Namespace) -> list[str]:
+    """The settings that the command line gives; every other is None, False or empty."""
+    names = ("preset", "model", "layouts", "only", "gpu", "gpus",
+             *FIGURES, *PRICES, *DEGREES, *TRAINING, *SERVING)  # fmt: skip
+    values = {name: getattr(arguments, name) for name in names}
+    return [name for name, v in values.items() if not (v is None or v is False or v == [])]
+
+
+def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the defaults of what was not stated."""
+    defaults = {name: default for name, (default, _) in (TRAINING | SERVING).items()}
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    return argparse.Namespace(
+        **{**vars(arguments), "preset": PRESET, "gpu": GPU, **defaults, **given}
+    )
+
+
 def _add_gpus(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--gpu", default="h100", metavar="NAME",
-                       help="a100, h100, h100-measured, h200 or b200 (default: h100)")  # fmt: skip
+    known = f"a100, h100, h100-measured, h200 or b200 (default: {GPU})"
+    group.add_argument("--gpu", metavar="NAME", help=known)
     for name, what in FIGURES.items():
-        group.add_argument(_flag(name), type=float, metavar="X", help=f"{what}, of your own GPU")
+        group.add_argument(flag(name), type=float, metavar="X", help=f"{what}, of your own GPU")
     for name, what in PRICES.items():
-        group.add_argument(_flag(name), type=float, metavar="X", help=what)
+        group.add_argument(flag(name), type=float, metavar="X", help=what)
     group.add_argument("--gpus", type=int, metavar="N",
                        help="GPUs of training, and of serving (default: the fewest)")  # fmt: skip
     for name, what in DEGREES.items():
-        group.add_argument(_flag(name), type=int, metavar="N", help=what)
+        group.add_argument(flag(name), type=int, metavar="N", help=what)
 
 
 def _add_settings(group: argparse._ArgumentGroup, settings: dict[str, tuple[Any, str]]) -> None:
     for name, (default, what) in settings.items():
         if default is False:
-            group.add_argument(_flag(name), action="store_true", help=what)
+            group.add_argument(flag(name), action="store_true", help=what)
             continue
         kind = type(default)
         shown = f"{default:g}" if kind is float else default
         group.add_argument(
-            _flag(name), type=kind, default=default, help=f"{what} (default: {shown})",
+            flag(name), type=kind, help=f"{what} (default: {shown})",
             metavar={int: "N", float: "X", str: "NAME"}[kind],
         )  # fmt: skip

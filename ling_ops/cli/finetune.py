@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ling_ops.cli.checkpoint import Checkpoint
+from ling_ops.cli.checkpoint import Checkpoint, find_checkpoint
 from ling_ops.cli.errors import CommandError, require_extra
 from ling_ops.cli.finetune_options import FINETUNE_FIELDS, FinetuneOptions
 from ling_ops.cli.generate import load
@@ -23,8 +23,10 @@ from ling_ops.cli.runs import (
     check_steps,
     checkpoint_to_resume,
     draw,
+    from_anywhere,
     introduce_resumed,
     introduce_text,
+    is_published,
     output_folder,
     run_and_record,
     say_stopped,
@@ -33,6 +35,8 @@ from ling_ops.cli.runs import (
 from ling_ops.cli.text import TOKENIZER
 from ling_ops.cli.tokens import load_tokens
 from ling_ops.cli.trainer import StopRequest, Trainer
+from ling_ops.models import LingForCausalLM
+from ling_ops.models.safetensors_files import WeightFiles
 from ling_ops.nn import add_lora, merge_lora, remove_lora, save_lora
 
 _SAMPLED = 1024  # values of each tensor that tell one base from another
@@ -43,12 +47,15 @@ class FinetuneTrainer(Trainer):
 
     command = "finetune"
 
-    def __init__(self, *arguments: Any, base: str) -> None:
+    def __init__(self, *arguments: Any, base: str, merging: bool) -> None:
         super().__init__(*arguments)
-        self.base, self.first_validation = base, None
+        self.base, self.merging, self.first_validation = base, merging, None
+        # Asked now: a base that cannot tell must not end a run whose training is done.
+        adds = merging and self.options.method == "lora"
+        self.base_dtypes = stored_dtypes(Path(self.options.checkpoint)) if adds else {}
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "base": self.base}
+        return {**super().state(), "base": self.base, "merge": self.merging}
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
         tensors = self.model.state_dict()
@@ -99,6 +106,8 @@ def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
         found.state["settings"] if found else {}, given, resuming=found is not None,
         kind=FinetuneOptions,
     )  # fmt: skip
+    options.checkpoint = from_anywhere(options.checkpoint)
+    options.data = [from_anywhere(path) for path in options.data]
     check_steps(options, found)
     device = pick_device(options.device)
     output = output_folder(arguments, "finetune", found)
@@ -110,12 +119,22 @@ def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
     )  # fmt: skip
     torch.manual_seed(options.seed)
     _prepare(model, options, device)
-    trainer = FinetuneTrainer(model, options, text, output, device, base=base)
+    merging = "merge" in arguments or (found is not None and found.state.get("merge", False))
+    trainer = FinetuneTrainer(model, options, text, output, device, base=base, merging=merging)
     if found:
         trainer.restore(found)
     _introduce(trainer, found)
     run_and_record(trainer, stop)
-    return _conclude(trainer, stop, time.monotonic() - started, merging="merge" in arguments)
+    return _conclude(trainer, stop, time.monotonic() - started)
+
+
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The dtype of each of a checkpoint's tensors, without reading their values."""
+    if is_published(folder):
+        state = LingForCausalLM.from_pretrained(folder, device="meta").state_dict()
+        return {name: tensor.dtype for name, tensor in state.items()}
+    files = WeightFiles(find_checkpoint(folder))
+    return {name: files.dtype(name) for name in files}
 
 
 def fingerprint(model: Any) -> str:
@@ -159,9 +178,7 @@ def _introduce(trainer: FinetuneTrainer, found: Checkpoint | None) -> None:
         introduce_resumed(trainer, found)
 
 
-def _conclude(
-    trainer: FinetuneTrainer, stop: StopRequest, seconds: float, *, merging: bool
-) -> int:  # fmt: skip
+def _conclude(trainer: FinetuneTrainer, stop: StopRequest, seconds: float) -> int:
     from ling_ops.cli.progress import clock
 
     draw(trainer, "fine-tuning")
@@ -169,14 +186,14 @@ def _conclude(
         say_stopped(trainer, stop)
         return 0
     with writing(trainer.output):
-        _write_results(trainer, merging)
+        _write_results(trainer)
     before, final = trainer.first_validation, trainer.last_validation["bits_per_byte"]
     start = "" if before is None else f"{before['bits_per_byte']:.3f} -> "
     print(f"final validation: {start}{final:.3f} bits/byte; wall time {clock(seconds)}")
     return 0
 
 
-def _write_results(trainer: FinetuneTrainer, merging: bool) -> None:
+def _write_results(trainer: FinetuneTrainer) -> None:
     options, model, output = trainer.options, trainer.model, trainer.output
     if options.method == "lora":
         save_lora(model, output / "adapter", base_model=options.checkpoint)
@@ -184,10 +201,12 @@ def _write_results(trainer: FinetuneTrainer, merging: bool) -> None:
             f"wrote {output / 'adapter'}: try ling-ops generate --checkpoint {options.checkpoint} "
             f"--adapter {output / 'adapter'}"
         )
-        if not merging:
+        if not trainer.merging:
             return
         merge_lora(model)
         remove_lora(model)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(trainer.base_dtypes[name])
     _write_model(model, output / "model", Path(options.checkpoint) / TOKENIZER)
     print(f"wrote {output / 'model'}: try ling-ops generate --checkpoint {output / 'model'}")
 

@@ -83,6 +83,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     output = add_settings(parser, FINETUNE_FIELDS)["output"]
     output.add_argument(
         "--merge", action="store_true",
-        help="at the end also write OUTPUT/model, the checkpoint with the adapters added",
+        help="at the end also write OUTPUT/model, the checkpoint with the adapters added, in the "
+        "checkpoint's dtype; holds on --resume too",
     )  # fmt: skip
     add_run_flags(output, folder="runs/finetune")

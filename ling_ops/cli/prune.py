@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -41,7 +42,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--data", nargs="+", default=[], metavar="PATH",
         help="text files or folders; default: the sources of Python's standard library",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=65536, metavar="N", help="tokens to measure")
+    parser.add_argument(
+        "--tokens", type=int, default=65536, metavar="N", help="tokens to measure, at most"
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N")
     parser.add_argument("--sequence-length", type=int, default=256, metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -60,9 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     output = Path(arguments.output).absolute()
     _check_output(output)
+    _check_count(_config(Path(arguments.checkpoint)), arguments.keep)
     model, codec = load(arguments)
     batches = measuring_batches(arguments, codec, model.config.vocab_size)
-    print(f"measuring {sum(b.numel() for b in batches):,} tokens by {arguments.by}", flush=True)
+    print(
+        f"measuring {sum(b.numel() for b in batches):,} tokens by {arguments.by}, in sequences of "
+        f"{batches[0].shape[1]:,}",
+        flush=True,
+    )
     try:
         importance = expert_importance(model, batches, by=arguments.by)
         smaller = prune_experts(model, importance, keep=arguments.keep)
@@ -82,6 +90,34 @@ def _check_output(output: Path) -> None:
         raise CommandError(f"--output {str(output)!r}: {str(there)!r} is a file", code=2)
     if not os.access(there, os.W_OK | os.X_OK):
         raise CommandError(f"--output {str(output)!r}: no permission to write in {str(there)!r}")
+
+
+def _config(folder: Path) -> Any:
+    """The configuration of the checkpoint that `load` will read, without its weights."""
+    from ling_ops.cli.checkpoint import find_checkpoint, load_checkpoint
+    from ling_ops.cli.modeling import saved_config
+    from ling_ops.cli.runs import is_published
+    from ling_ops.models.published import CONFIG, CheckpointError, read_config, read_json
+
+    if not is_published(folder):
+        return saved_config(load_checkpoint(find_checkpoint(folder), groups=()).state)
+    try:
+        return read_config(read_json(folder / CONFIG))
+    except CheckpointError as error:
+        raise CommandError(f"{folder}: {error}") from error
+
+
+def _check_count(config: Any, keep: float) -> None:
+    """CommandError where too few experts would stay: asked before the weights are read."""
+    from ling_ops.models.pruning import pruned_count
+
+    count = pruned_count(config.num_experts, config.num_groups, keep)
+    try:
+        dataclasses.replace(config, num_experts=count)
+    except ValueError as error:
+        raise CommandError(
+            f"--keep {keep:g} leaves {count} experts per layer; {error}", code=2
+        ) from error
 
 
 def _write(model: Any, output: Path, source: Path) -> None:
@@ -104,11 +140,11 @@ def _write(model: Any, output: Path, source: Path) -> None:
 
 
 def measuring_batches(arguments: argparse.Namespace, codec: Any, vocab_size: int) -> list[Any]:
-    """Token ids [B, S] of windows spread evenly over the data."""
+    """Token ids [B, S] of windows spread evenly over the data, at most --tokens of them."""
     from ling_ops.cli.data import validation_windows
     from ling_ops.cli.tokens import load_tokens
 
-    length = arguments.sequence_length
+    length = min(arguments.sequence_length, arguments.tokens)
     text = load_tokens(arguments.data, codec, sequence_length=length, vocab_size=vocab_size)
     windows = validation_windows(text.train, sequence_length=length, limit=arguments.tokens)
     return list(windows[:, :-1].split(arguments.batch_size))
@@ -130,11 +166,12 @@ def _conclude(
         f"({after.total / before.total:.1%})"
     )
     whole, groups = model.config.num_experts, smaller.config.num_groups
-    if abs(kept / whole - keep) >= 1 / whole:
-        print(
-            f"kept {kept / whole:.0%} of the experts where {keep:.0%} were asked for: each of the "
-            f"{groups} groups keeps as many"
+    share, asked = (f"{100 * x:.6g}%" for x in (kept / whole, keep))
+    if share != asked:
+        why = (
+            f"each of the {groups} groups keeps as many" if groups > 1 else "rounded to whole ones"
         )
+        print(f"kept {share} of the experts where {asked} were asked for: {why}")
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -26,7 +26,10 @@ class Ranks:
         return self.rank == 0
 
     def of_main(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns in the main process, in every process."""
+        """What ``make`` returns in the main process, in every process.
+
+        Its CommandError ends all of them; the main process alone says it.
+        """
         return make()
 
     def spread(self, model: nn.Module) -> nn.Module:
@@ -82,9 +85,19 @@ class TorchrunRanks(Ranks):
         return f"{self.size} processes, each layer's experts spread over {experts}"
 
     def of_main(self, make: Callable[[], Any]) -> Any:
-        box = [make() if self.is_main else None]
+        made, error = None, None
+        if self.is_main:
+            try:
+                made = make()
+            except CommandError as refusal:
+                error = refusal
+        box = [made, error]
         distributed.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        made, error = box
+        if error is not None:
+            _close()
+            raise error if self.is_main else SystemExit(error.code)
+        return made
 
     def spread(self, model: nn.Module) -> nn.Module:
         try:
@@ -159,9 +172,7 @@ def open_ranks(options: TrainOptions, device: torch.device) -> Iterator[Ranks]:
     )
     try:
         yield TorchrunRanks(options.expert_parallel, device)
-        # Gloo's threads let go of an exchange's tensors after it returned; one that does so while
-        # the interpreter ends aborts the process.
-        distributed.barrier()
+        _close()
     except distributed.DistError as error:
         raise _lost(error) from error
     except RuntimeError as error:
@@ -169,8 +180,14 @@ def open_ranks(options: TrainOptions, device: torch.device) -> Iterator[Ranks]:
         if not any(word in str(error) for word in ("gloo", "NCCL", "Timed out")):
             raise
         raise _lost(error) from error
-    else:
-        distributed.destroy_process_group()
+
+
+def _close() -> None:
+    """End the exchanges of processes that are all here."""
+    # Gloo's threads let go of an exchange's tensors after it returned; one that does so while the
+    # interpreter ends aborts the process.
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def _lost(error: Exception) -> CommandError:

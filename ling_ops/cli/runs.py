@@ -32,6 +32,17 @@ def checkpoint_to_resume(
     return found
 
 
+def is_published(folder: Path) -> bool:
+    """Whether a folder is read as a checkpoint in the published format, not as one of a run."""
+    trained = (folder / checkpoints.STATE).is_file() or checkpoints.has_checkpoint(folder)
+    return (folder / "config.json").is_file() and not trained
+
+
+def from_anywhere(path: str) -> str:
+    """An existing path as it holds in every working folder; any other stays as it is."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
 def command_of(state: dict[str, Any]) -> str:
     """The command that wrote a checkpoint."""
     return state.get("command", "train")

@@ -25,6 +25,7 @@ from ling_ops.cli.runs import (
     check_steps,
     checkpoint_to_resume,
     draw,
+    from_anywhere,
     introduce_resumed,
     introduce_text,
     output_folder,
@@ -49,6 +50,7 @@ def _run(arguments: argparse.Namespace, stop: Any) -> int:
     found = checkpoint_to_resume(arguments, "train")
     options = merge(found.state["settings"] if found else {}, given, resuming=found is not None)
     check_steps(options, found)
+    options.data = [from_anywhere(path) for path in options.data]
     device = pick_device(local_device(options.device))
     with open_ranks(options, device) as ranks:
         return _train(arguments, stop, options, found, device, ranks, started)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .activations import Activations, activation_bytes
 from .article import Claim, article_claims
-from .gpu import GPU, CostError, get_gpu, gpus
+from .gpu import GPU, CostError, FitError, get_gpu, gpus
 from .layout import Layout
 from .memory import TrainingMemory, training_memory
 from .model import Parameters, TokenFlop, flop_per_token, moe_layer_train_ms, parameters
@@ -27,6 +27,7 @@ __all__ = [
     "Activations",
     "Claim",
     "CostError",
+    "FitError",
     "Layout",
     "Load",
     "Parameters",

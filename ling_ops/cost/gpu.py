@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+#: Dtypes of products.
+RATES = ("bf16", "fp16", "fp8")
 #: What a number and a whole number may be: products and quotients of these stay finite.
 SMALLEST, LARGEST, LARGEST_INTEGER = 1e-24, 1e24, 10**15
 FIGURES = ("bf16_tflops", "fp8_tflops", "memory_gb", "memory_tb_per_s", "power_w")
@@ -13,6 +16,10 @@ FIGURES = ("bf16_tflops", "fp8_tflops", "memory_gb", "memory_tb_per_s", "power_w
 
 class CostError(ValueError):
     """An input that makes no sense; the text names it, what it is and what it must be."""
+
+
+class FitError(CostError):
+    """A number of GPUs, or what is to run on them, that does not suit the other."""
 
 
 def need(name: str, value: float, *, above: bool = True) -> float:
@@ -40,6 +47,13 @@ def need_integer(name: str, value: int, least: int = 1) -> int:
         raise CostError(
             f"{name}: got {short(value)}, need an int of at least {least} and at most 10^15"
         )
+    return value
+
+
+def need_choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """`value` if it is one of `choices`; CostError otherwise."""
+    if value not in choices:
+        raise CostError(f"{name}: got {value!r}, need one of {', '.join(choices)}")
     return value
 
 
@@ -77,10 +91,8 @@ class GPU:
 
     def rate_flop_per_s(self, dtype: str) -> float:
         """Peak of products in "bf16", "fp16" or "fp8"; CostError where this GPU has none."""
-        if dtype in ("bf16", "fp16"):
+        if need_choice("dtype", dtype, RATES) != "fp8":
             return self.flop_per_s
-        if dtype != "fp8":
-            raise CostError(f"dtype: got {dtype!r}, need one of bf16, fp16, fp8")
         if self.fp8_tflops is None:
             raise CostError(f"dtype: got 'fp8', need bf16: {self.name} has no fp8 products")
         return self.fp8_tflops * 1e12

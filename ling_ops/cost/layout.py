@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ling_ops.models import LingConfig
 
-from .gpu import CostError, need_integer
+from .gpu import CostError, need_choice, need_integer
 from .model import Parameters, check_size, parameters
 
 SHARDS = ("none", "optimizer", "full")
@@ -35,8 +35,7 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("data", "tensor", "expert"):
             need_integer(f"{name}_parallel", getattr(self, name))
-        if self.shard not in SHARDS:
-            raise CostError(f"shard: got {self.shard!r}, need one of {', '.join(SHARDS)}")
+        need_choice("shard", self.shard, SHARDS)
         if self.data % self.expert:
             raise CostError(
                 f"expert_parallel: got {self.expert}, need a divisor of data_parallel={self.data}"

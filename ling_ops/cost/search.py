@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from ling_ops.models import LingConfig
 
-from .gpu import GPU, CostError, need_integer
+from .gpu import GPU, CostError, FitError, need_integer
 from .layout import Layout
 
 #: What may help a model that does not fit.
@@ -67,7 +67,7 @@ def least_layout(
 
     Degrees that are None are searched: tensor over powers of two up to 8, expert over the divisors
     of the number of experts. Among equals the one with the least tensor, then expert parallel.
-    Raises CostError where nothing fits, or a given degree does not divide the model.
+    Raises FitError where nothing fits, CostError where a given degree does not divide the model.
     """
     for name, degree in (
         ("tensor_parallel", tensor_parallel),
@@ -88,7 +88,7 @@ def least_layout(
             need = peak_bytes(wide)
             smallest = need if smallest is None else min(smallest, need)
     if best is None:
-        raise CostError(
+        raise FitError(
             f"model: does not fit {gpu.name} in any number: one would hold at least "
             f"{smallest / 1e9:.4g} GB in {gpu.memory_gb:g} GB; {hint}, or more tensor or expert "
             "parallel"
@@ -132,7 +132,7 @@ def layout_of(
 ) -> Layout:
     """The layout over exactly `gpus` GPUs that fits, with the least tensor, then expert parallel.
 
-    Raises CostError where none does.
+    Raises FitError where none does.
     """
     layouts = layouts_over(
         config, gpus, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel, shard=shard
@@ -147,7 +147,7 @@ def layout_of(
     what = f"need at least {least.gpus}"
     if gpus > least.gpus:
         what = f"over which no layout fits; it fits {least.gpus}"
-    raise CostError(
+    raise FitError(
         f"gpus: got {gpus}, {what} of {gpu.name} (tensor parallel {least.tensor}, expert parallel "
         f"{least.expert}, shard {shard})"
     )

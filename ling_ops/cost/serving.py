@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from ling_ops.models import LingConfig
 
-from .gpu import GPU, CostError, need, need_integer
+from .gpu import GPU, CostError, FitError, need, need_choice, need_integer
 from .layout import Layout
 from .model import Parameters, experts_read, flop_per_token, parameters
-from .search import SERVING_HINT, layout_of, least_layout
+from .search import SERVING_HINT, layout_of, layouts_over, least_layout
 
 #: Bytes of a weight; fp8 keeps embedding, head, norms and routers in bf16, as Ling 2.0 does.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -21,9 +21,7 @@ PREFILL_CHUNK = 8192
 
 
 def _element_bytes(name: str, dtype: str) -> int:
-    if dtype not in WEIGHT_BYTES:
-        raise CostError(f"{name}: got {dtype!r}, need one of {', '.join(WEIGHT_BYTES)}")
-    return WEIGHT_BYTES[dtype]
+    return WEIGHT_BYTES[need_choice(name, dtype, WEIGHT_BYTES)]
 
 
 def _weight_bytes(count: Parameters, dtype: str, routed_share: float = 1.0) -> int:
@@ -112,16 +110,34 @@ def serving_layout(
     tensor_parallel: int | None = None,
     expert_parallel: int | None = None,
 ) -> Layout:
-    """The layout of the fewest GPUs (or of exactly `gpus`) that hold weights, cache and work."""
+    """The layout of the fewest GPUs (or of exactly `gpus`) that hold weights, cache and work.
+
+    Over exactly `gpus` each replica gets a sequence, unless a given `expert_parallel` or too little
+    memory on fewer GPUs makes replicas share experts. Raises FitError where that cannot be.
+    """
 
     def peak_bytes(layout: Layout) -> int:
         return serving_memory(config, load, layout=layout).peak_bytes
 
-    degrees = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel,
-               "hint": SERVING_HINT}  # fmt: skip
+    degrees = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
     if gpus is None:
-        return least_layout(config, peak_bytes, gpu, **degrees)
-    return layout_of(config, gpus, peak_bytes, gpu, **degrees)
+        return least_layout(config, peak_bytes, gpu, **degrees, hint=SERVING_HINT)
+    needed = {
+        layout: layout.data if expert_parallel is None else layout.expert_copies
+        for layout in layouts_over(config, gpus, **degrees)
+        if peak_bytes(layout) <= gpu.memory_bytes
+    }
+    for layout, sequences in needed.items():
+        if sequences <= load.batch_size:
+            return layout
+    layout_of(config, gpus, peak_bytes, gpu, **degrees, hint=SERVING_HINT)  # refuses if none fits
+    least = least_layout(config, peak_bytes, gpu, **degrees)
+    if least.gpus == gpus:
+        return least
+    raise FitError(
+        f"batch_size: got {load.batch_size}, need at least {min(needed.values())} for {gpus} GPUs, "
+        f"a sequence for each replica; it fits {least.gpus} of {gpu.name}"
+    )
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,12 @@ def _floor(gpu: GPU, load: Load, layout: Layout, size: float, flop: float, token
 
 
 def _check_fits(config: LingConfig, gpu: GPU, load: Load, layout: Layout) -> ServingMemory:
+    if load.batch_size < layout.expert_copies:
+        # Ranks that share experts work for each other; a whole copy without a sequence does not.
+        raise CostError(
+            f"batch_size: got {load.batch_size}, need at least {layout.expert_copies}, a sequence "
+            "for each copy of the model"
+        )
     memory = serving_memory(config, load, layout=layout)
     if memory.peak_bytes > gpu.memory_bytes:
         raise CostError(

@@ -164,7 +164,8 @@ class LingForCausalLM(nn.Module):
         place on ``device``: the host holds no copy of a model that is loaded on a GPU. Layers
         that predict further tokens (``num_nextn_predict_layers``) are not read.
 
-        Raises CheckpointError: what is missing, unexpected, of another shape, or not supported.
+        Raises CheckpointError: what is missing, unexpected, of another shape, or not supported;
+        TypeError for a ``dtype`` that is not fp64, fp32, bf16 or fp16.
         """
         from .pretrained import load
 
@@ -174,9 +175,9 @@ class LingForCausalLM(nn.Module):
         """Writes the model to ``folder`` as ``from_pretrained`` reads it, bit for bit.
 
         Files of at most ``max_shard_bytes``, and an index if they are several. ``config.json``
-        comes last: a folder without it is unfinished. Raises FileExistsError where ``folder``
-        holds a checkpoint already, and ValueError for a model that has LoRA adapters. One file's
-        tensors at a time are copied to the host.
+        comes last: a folder without it is unfinished. One file's tensors at a time are copied to
+        the host. Raises FileExistsError where ``folder`` holds a checkpoint already, and
+        ValueError for a model that has LoRA adapters or of which a rank holds only a part.
         """
         from .pretrained import save
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ling_ops.nn.lora import adapters
+from ling_ops.nn.lora import DTYPES, WHOLE_STATE, adapters, check_dtype, sharded
 
 from .published import (
     CONFIG,
@@ -75,12 +75,17 @@ def _ignored(key: str, values: dict[str, Any], num_layers: int) -> bool:
 def _block(values: dict[str, Any]) -> tuple[int, int]:
     """Rows and columns that share a scale in an FP8 export."""
     quantization = values.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"quantization_config: got {quantization!r}, need an object")
     method = quantization.get("quant_method", "fp8")
     if method != "fp8":
         raise CheckpointError(f"quantization_config.quant_method: got {method!r}, need 'fp8'")
     block = quantization.get("weight_block_size") or [128, 128]
-    if len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
-        raise CheckpointError(f"quantization_config.weight_block_size: got {block!r}")
+    pair = isinstance(block, list) and len(block) == 2
+    if not pair or not all(isinstance(n, int) and n > 0 for n in block):
+        raise CheckpointError(
+            f"quantization_config.weight_block_size: got {block!r}, need two positive ints"
+        )
     return tuple(block)
 
 
@@ -128,6 +133,7 @@ class _Loader:
                 ("missing", missing),
                 ("unexpected", unexpected),
                 ("of another shape", self._misshaped(scaled)),
+                ("of a dtype that cannot be read", self._unreadable()),
             )
             if found
         ]
@@ -147,6 +153,20 @@ class _Loader:
                 for name, shape in wanted.items()
                 if name in self.files and self.files.shape(name) != shape
             ]
+        return found
+
+    def _unreadable(self) -> list[str]:
+        """Each tensor in a dtype that would need more than a conversion to mean its values."""
+        found = []
+        for key in (key for key in self.pieces if key in self.files):
+            piece, stored = self.pieces[key], self.files.dtype(key)
+            like = self.state[piece.name]
+            known = DTYPES if like.dtype.is_floating_point else (like.dtype,)
+            if piece.of(like).dim() == 2:
+                known += _FP8  # whose scales are those of blocks of a matrix
+            if stored not in known:
+                need = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
+                found.append(f"{key} is {str(stored).removeprefix('torch.')}, need {need}")
         return found
 
     def _stored_dtype(self, key: str) -> torch.dtype:
@@ -191,6 +211,7 @@ class _Loader:
 
 def load(model_class, folder: str | Path, *, dtype: torch.dtype | None, device: torch.device | str):
     """See ``LingForCausalLM.from_pretrained``."""
+    check_dtype(dtype)
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
@@ -206,9 +227,25 @@ def load(model_class, folder: str | Path, *, dtype: torch.dtype | None, device: 
     return model.eval()
 
 
+def _check_whole(model) -> None:
+    """Refuses a model of which this process holds only a part."""
+    if part := sharded(model):
+        raise ValueError(f"model: {part}, of which a rank has only a part. {WHOLE_STATE}")
+    count = model.config.num_experts
+    for name, parameter in model.named_parameters():
+        if _STACKED.fullmatch(name) and len(parameter) != count:
+            raise ValueError(
+                f"model: {name} has {len(parameter)} of {count} experts: "
+                "ling_ops.parallel.gather_tensors brings those of all ranks together "
+                "(docs/expert-parallel.md), for a model of one process to be saved"
+            )
+
+
 def save(model, folder: str | Path, *, max_shard_bytes: int) -> None:
     """See ``LingForCausalLM.save_pretrained``."""
     folder = Path(folder)
+    if not isinstance(max_shard_bytes, int) or isinstance(max_shard_bytes, bool):
+        raise TypeError(f"max_shard_bytes: got {max_shard_bytes!r}, need an int, a number of bytes")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, need at least 1")
     if (folder / CONFIG).exists() and any(folder.glob("*.safetensors")):
@@ -218,6 +255,7 @@ def save(model, folder: str | Path, *, max_shard_bytes: int) -> None:
             f"model: has LoRA at {found[0][0].name}: merge_lora and remove_lora come first, or "
             "save_lora writes the adapters alone"
         )
+    _check_whole(model)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     found = {piece.key: piece for piece in pieces(state)}

@@ -126,7 +126,15 @@ def _rotary(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head_dim(values: dict[str, Any]) -> int:
-    return values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    if values.get("head_dim"):
+        return values["head_dim"]
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    for key, value in (("hidden_size", width), ("num_attention_heads", heads)):
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{key}: got {value!r}, need a positive int")
+    if width < heads:
+        raise CheckpointError(f"hidden_size: got {width}, need at least one for each of {heads}")
+    return width // heads
 
 
 def _check_supported(values: dict[str, Any]) -> None:
@@ -163,7 +171,7 @@ def read_config(values: dict[str, Any]) -> LingConfig:
     own = values.get(_OWN) or {}
     try:
         return LingConfig.from_dict({**_fields(values), **own})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{CONFIG}: {error}") from error
 
 

@@ -7,8 +7,10 @@ two grouped products (``ling_ops.ops.lora_mlp``), so that nothing of the size of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +21,17 @@ from ling_ops.ops.lora_mlp import LowRank, lora_mlp
 
 from ._common import check_positive
 from .experts import Experts
+
+#: What weights can be in to be computed with.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: For errors: the way from a model that FSDP spread to one on one process.
+WHOLE_STATE = (
+    "Whole weights: torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True))"
+)
+# Classes of engines go by name: a torch without torch.distributed does not have them.
+_DDP = "DistributedDataParallel"
+_SHARDING = ("FSDPModule", "FullyShardedDataParallel")
 
 
 class Adapter(nn.Module):
@@ -54,6 +67,24 @@ class Adapter(nn.Module):
         ):
             wide = torch.promote_types(w.dtype, a.dtype)
             w.copy_(torch.addmm(w.to(wide), b.to(wide), a.to(wide), alpha=sign * self.scale))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # W + scale B A beside A and B: whoever loads it would add scale B A once more.
+        if self.merged:
+            raise ValueError(
+                f"model: {prefix.rstrip('.') or 'it'} is merged, which a state dict does not say: "
+                "unmerge_lora or remove_lora comes first"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, *lists) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        if self.merged:
+            # the last list is that of the errors that load_state_dict raises together
+            lists[-1].append(
+                f"model: {prefix.rstrip('.') or 'it'} is merged, what is loaded is not: "
+                "unmerge_lora comes first"
+            )
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale}, dropout={self.dropout}, merged={self.merged}"
@@ -164,6 +195,68 @@ def adapters(model: nn.Module) -> list[tuple[Site, Adapter]]:
     return [(site, adapter) for site, adapter in found if adapter is not None]
 
 
+def is_kind(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether ``names`` has the name of the module's class or of a base of it."""
+    return any(kind.__name__ in names for kind in type(module).__mro__)
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether ranks hold it together, told without an import that needs torch.distributed."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _wrapped(model: nn.Module, names: Collection[str]) -> str | None:
+    """Which of the modules is of a kind in ``names``, in words; None: none is."""
+    for name, module in model.named_modules():
+        if is_kind(module, names):
+            kind = next(k.__name__ for k in type(module).__mro__ if k.__name__ in names)
+            return f"{name or 'it'} is a {kind}"
+    return None
+
+
+def sharded(model: nn.Module) -> str | None:
+    """What of ``model`` this rank holds only in part, in words; None: it has all of it."""
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    found = (f"{name} is a DTensor" for name, tensor in tensors if is_dtensor(tensor))
+    # A forward can leave weights gathered for a while: then only the module tells.
+    return _wrapped(model, _SHARDING) or next(found, None)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """An engine that holds the model already would not know of new adapters: their gradients
+    would stay each rank's own."""
+    if found := _wrapped(model, (_DDP, *_SHARDING)):
+        raise ValueError(
+            f"model: {found}: add_lora and load_lora come before what spreads or wraps the model"
+        )
+
+
+def _check_local(site: Site) -> None:
+    if is_dtensor(site.weight):
+        raise ValueError(
+            f"model: the weight of {site.name} is a DTensor: add_lora and load_lora come before "
+            "what spreads or wraps the model"
+        )
+
+
+def check_options(dropout: float, dtype: torch.dtype | None) -> None:
+    """What ``add_lora`` and ``load_lora`` both take."""
+    if not (_is_number(dropout) and 0 <= dropout < 1):
+        raise ValueError(f"dropout: got {dropout!r}, need a number >= 0 and < 1")
+    check_dtype(dtype)
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """TypeError for all but None and what weights can be computed with in."""
+    if dtype is not None and dtype not in DTYPES:
+        known = ", ".join(map(str, DTYPES))
+        raise TypeError(f"dtype: got {dtype!r}, need None or one of {known}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
@@ -212,14 +305,17 @@ def add_lora(
     compute in the input's. Returns the names. The modules stay the same objects; their names and
     those of their weights do not change.
 
-    Raises ValueError for a target that names nothing, a model that has adapters already, or a
-    value out of range.
+    It comes before what wraps the model or spreads it over ranks (DDP, ``fully_shard``): adapters
+    that are added later would train on each rank's gradients alone.
+
+    Raises ValueError for a target that names nothing, a model that has adapters already or is
+    wrapped or spread, or a value out of range, and TypeError for a ``dtype`` that is not fp64,
+    fp32, bf16 or fp16.
     """
     check_positive(r=r)
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha: got {alpha}, need a positive number")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: got {dropout}, need a number >= 0 and < 1")
+    if not (_is_number(alpha) and alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha: got {alpha!r}, need a positive number")
+    check_options(dropout, dtype)
     return attach(model, _chosen(model, targets), r, alpha / r, dropout, dtype)
 
 
@@ -232,10 +328,12 @@ def attach(
     dtype: torch.dtype | None,
 ) -> list[str]:
     """Freezes ``model`` and gives ``chosen`` new adapters; returns their names."""
+    check_not_wrapped(model)
     if adapters(model):
         raise ValueError("model: has LoRA already; merge_lora and remove_lora come first")
     for site in chosen:
         _check_kind(site)
+        _check_local(site)
     model.requires_grad_(False)
     for site in chosen:
         site.attach(Adapter(site.weight, r, scale, dropout, dtype).train(site.module.training))
@@ -246,7 +344,10 @@ def merge_lora(model: nn.Module) -> None:
     """Adds scale B A to every adapted weight, so that a forward costs what it costs without LoRA.
 
     One expert's product at a time, rounded to the weight's dtype. Merged adapters do nothing until
-    ``unmerge_lora``. What is merged already stays as it is.
+    ``unmerge_lora``. What is merged already stays as it is. A merged model has no state dict, since
+    that would not say what the weights hold: ``unmerge_lora`` or ``remove_lora`` comes first.
+
+    Raises ValueError where FSDP or tensor parallelism leaves each rank a part of the weights.
     """
     _set_merged(model, True)
 
@@ -255,13 +356,20 @@ def unmerge_lora(model: nn.Module) -> None:
     """Takes what ``merge_lora`` added away again.
 
     Exact up to two roundings to the weight's dtype of each element: of the merged value and of the
-    result. Where they matter (16-bit weights, a large scale B A), keep the checkpoint.
+    result. Where they matter (16-bit weights, a large scale B A), keep the checkpoint. Raises
+    ValueError as ``merge_lora``.
     """
     _set_merged(model, False)
 
 
 def _set_merged(model: nn.Module, merged: bool) -> None:
-    for site, adapter in adapters(model):
+    found = adapters(model)
+    if found and (part := sharded(model)):
+        raise ValueError(
+            f"model: {part}, of which a rank has only a part: call save_lora here and merge on one "
+            f"process, with load_lora. {WHOLE_STATE}"
+        )
+    for site, adapter in found:
         if adapter.merged != merged:
             adapter.add_to(site.weight, 1.0 if merged else -1.0)
             adapter.merged = merged

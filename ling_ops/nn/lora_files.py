@@ -16,9 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from .lora import Site, _matches, adapters, attach, sites
+from .lora import (
+    _DDP,
+    Site,
+    _matches,
+    adapters,
+    attach,
+    check_not_wrapped,
+    check_options,
+    is_dtensor,
+    is_kind,
+    sites,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -68,28 +79,50 @@ def _from_file(a: Tensor, b: Tensor, weight: Tensor, r: int) -> tuple[Tensor, Te
     return a.unflatten(0, (experts, r)), b.unflatten(1, (r, experts)).permute(2, 0, 1)
 
 
-def save_lora(model: nn.Module, folder: str | Path, *, base_model: str | None = None) -> None:
-    """Writes the adapters of ``model`` to ``folder``, as PEFT reads them.
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What is inside DDP and ``torch.compile``: both put a prefix before every name."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif is_kind(model, (_DDP,)):
+            model = model.module
+        else:
+            return model
 
-    ``base_model``: the name or path of the checkpoint below, for those who load it. The
-    configuration comes last: a folder without it is unfinished. PEFT knows no dropout for
-    parameters of experts, so with such targets the file says 0. Raises ValueError without
-    adapters, or where they differ in rank or scale.
-    """
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()
+
+
+def _gathered(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a file, and whether this rank is to write it."""
+    for module in model.modules():
+        if is_kind(module, ("FSDPModule",)):
+            module.reshard()  # a forward can leave weights gathered, and those may be rounded
+    found = adapters(model)
+    spread = any(is_dtensor(t) for _, adapter in found for t in adapter.parameters())
+    writes = not spread or distributed.get_rank() == 0
+    tensors = {}
+    for site, stem in _keys([site for site, _ in found]):
+        pair = _to_file(_whole(site.adapter.a), _whole(site.adapter.b))
+        for part, tensor in zip("AB", pair, strict=True):
+            if writes:
+                tensors[f"{stem}.lora_{part}.weight"] = tensor.cpu().contiguous()
+    return tensors, writes
+
+
+def _settings(model: nn.Module, base_model: str | None) -> dict[str, Any]:
+    """What ``adapter_config.json`` says."""
     found = adapters(model)
     kinds = {(adapter.r, adapter.scale, adapter.dropout) for _, adapter in found}
     if len(kinds) != 1:
         raise ValueError(f"model: need adapters of one rank and scale, got {len(kinds)} kinds")
     ((r, scale, dropout),) = kinds
-    tensors = {}
-    for site, stem in _keys([site for site, _ in found]):
-        pair = _to_file(site.adapter.a.detach(), site.adapter.b.detach())
-        for part, tensor in zip("AB", pair, strict=True):
-            tensors[f"{stem}.lora_{part}.weight"] = tensor.cpu().contiguous()
     experts = [site.name for site, _ in found if site.parameter is not None]
     alpha = scale * r
-    values = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+    return {
+        # A named task makes PEFT ask the model for methods that transformers' own have.
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model,
         "r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0 if experts else dropout, "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
@@ -97,12 +130,30 @@ def save_lora(model: nn.Module, folder: str | Path, *, base_model: str | None = 
         "target_modules": [site.name for site, _ in found if site.parameter is None],
         "target_parameters": experts or None,
     }  # fmt: skip
+
+
+def save_lora(model: nn.Module, folder: str | Path, *, base_model: str | None = None) -> None:
+    """Writes the adapters of ``model`` to ``folder``, as PEFT reads them.
+
+    ``base_model``: the name or path of the checkpoint below, for those who load it. The
+    configuration comes last: a folder without it is unfinished. PEFT knows no dropout for
+    parameters of experts, so with such targets the file says 0. Names are those without what DDP
+    and ``torch.compile`` put before them. Where FSDP spread the adapters, every rank must call it,
+    rank 0 of the default group writes, and the others do not wait for that. Raises ValueError
+    without adapters, or where they differ in rank or scale.
+    """
+    model, library = _unwrapped(model), _library()
+    values = _settings(model, base_model)
+    tensors, writes = _gathered(model)
+    if not writes:
+        return
+    # Before anything is touched; and not save_file, whose errors of a full disk are no OSError
+    data = library.torch.save(tensors, metadata={"format": "pt"})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     temporary = folder / f".writing-{WEIGHTS}"
-    # not save_file, whose errors of a full disk are no OSError
-    temporary.write_bytes(_library().torch.save(tensors, metadata={"format": "pt"}))
+    temporary.write_bytes(data)
     os.replace(temporary, folder / WEIGHTS)
     text = json.dumps(values, indent=2) + "\n"
     temporary = folder / f".writing-{CONFIG}"
@@ -152,10 +203,14 @@ def load_lora(
     names must be the model's own: those of experts are the same in transformers' GLM-4-MoE, those
     of attention are not. Only safetensors and JSON are read.
 
+    As ``add_lora``, it comes before what wraps the model or spreads it over ranks.
+
     Raises ValueError that names every tensor which is missing, unexpected or of another shape, or
-    the setting that is not supported; the model is then as before.
+    the setting that is not supported, and as ``add_lora``; the model is then as before.
     """
-    folder = Path(folder)
+    check_options(dropout, dtype)
+    check_not_wrapped(model)
+    model, folder = _unwrapped(model), Path(folder)
     values = _read_config(folder)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder}: {WEIGHTS} is missing")

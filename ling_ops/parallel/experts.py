@@ -33,6 +33,8 @@ class ParallelExperts(Experts):
     ) -> None:
         nn.Module.__init__(self)
         ranks = distributed.get_world_size(group)
+        if isinstance(experts, ParallelExperts):
+            raise ValueError("experts must be whole ones, got a ParallelExperts")
         if any(True for _ in experts.children()):
             raise ValueError(
                 f"experts must be plain ones, got {type(experts).__name__}: merge_lora and "

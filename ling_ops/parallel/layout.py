@@ -56,8 +56,10 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, static_capacity: bool = F
     never waits; every rank must then have the same number of tokens in every forward.
 
     Returns the model. Raises ValueError where the experts do not divide, where the model has no
-    MoE layer, or where ``static_capacity`` meets another capacity.
+    MoE layer or is spread already, or where ``static_capacity`` meets another capacity.
     """
+    if is_expert_parallel(model):
+        raise ValueError("model must have whole experts, got one that parallelize spread already")
     dimension = _expert_dimension(mesh)
     group = dimension.get_group()
     everyone = distributed.group.WORLD if mesh.ndim > 1 else group

@@ -9,9 +9,9 @@ from ling_ops.cli.study.report import Result, Table, Verdict, count_of, span
 from ling_ops.cli.study.trial import Setup, Trained, Variant, each
 
 CLAIM = (
-    "expert utilisation goes from an uneven 30-70 % to a stable 12-15 % (read with the article's "
-    "8 experts: the most used one takes at least 2.4 times the fair 12.5 % without balancing, and "
-    "all take 0.96 to 1.2 times with it)"
+    "expert utilisation goes from an uneven 30-70 % to a stable 12-15 % (read against the fair "
+    "12.5 %, 8 of 64 experts: the most used one takes at least 2.4 times its fair share without "
+    "balancing, and all take 0.96 to 1.2 times theirs with it)"
 )
 NONE, BIAS = "none", "loss-free bias"
 UNEVEN, EVEN = 30 / 12.5, (12 / 12.5, 15 / 12.5)

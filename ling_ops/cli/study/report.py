@@ -120,6 +120,7 @@ def to_json(result: Result, setup: Setup) -> dict[str, Any]:
             "command": setup.command,
             "device": device, "threads": torch.get_num_threads(), "dtype": str(setup.dtype),
             "seeds": list(range(setup.seeds)), "steps": setup.steps, "model": setup.base,
+            "layer_pattern": setup.config().layer_pattern,
             "batch_size": setup.batch_size, "sequence_length": setup.sequence_length,
             "learning_rate": setup.learning_rate, "text": setup.text.description,
             "text_sha256": setup.text.fingerprint, "ling_ops": ling_ops.__version__,

@@ -98,6 +98,12 @@ class StudyTrainer(Trainer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.step_ms: list[float] = []
+        self.loads: list[torch.Tensor] = []
+
+    def update_expert_biases(self) -> None:
+        # The demand of all micro-batches of the step; afterwards it is cleared.
+        self.loads = [layer.expert_load for _, layer in self.model.moe_layers()]
+        super().update_expert_biases()
 
     def _train_step(self, rate: float) -> torch.Tensor:
         started = time.perf_counter()
@@ -119,14 +125,17 @@ class StudyTrainer(Trainer):
 class _Events:
     """Keeps events in memory; also the progress view, one line that a terminal overwrites."""
 
-    def __init__(self, model: Any = None, label: str = "", steps: int = 0) -> None:
-        self.model, self.list = model, []
+    def __init__(self, trainer: Any = None, label: str = "", steps: int = 0) -> None:
+        self.trainer, self.list = trainer, []
         self.label, self.steps = label, steps
 
     def write(self, event: dict[str, Any]) -> None:
         if event["event"] == "train":
-            for (_, layer), entry in zip(self.model.moe_layers(), event["layers"], strict=True):
-                entry["capacity"] = _capacity(layer)
+            layers = self.trainer.model.moe_layers()
+            for (_, layer), load, entry in zip(
+                layers, self.trainer.loads, event["layers"], strict=True
+            ):
+                entry |= {**balance_of(load), "capacity": _capacity(layer)}
         self.list.append(event)
 
     def train(self, event: dict[str, Any], seconds_left: float) -> None:
@@ -139,6 +148,20 @@ class _Events:
     def _line(self, text: str) -> None:
         if sys.stderr.isatty():
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def balance_of(load: torch.Tensor) -> dict[str, Any]:
+    """What `routing_stats` says of balance, of a step's demand `[E]`: every variant's steps have as
+    many tokens, its forwards may not. "utilization" is the share of the demand."""
+    share = load.double() / load.sum().clamp(min=1)
+    relative = share * load.numel()
+    return {
+        "utilization": share.tolist(),
+        "max_vio": max(0.0, float(relative.amax()) - 1),
+        "cv": float(relative.std(correction=0)),
+        "entropy": float(-torch.special.xlogy(share, share).sum()) / math.log(load.numel()),
+        "dead_experts": float((load == 0).sum()),
+    }
 
 
 def _capacity(layer: Any) -> float | None:
@@ -221,7 +244,7 @@ def train(
         model = build_model(config, setup.device, setup.dtype)
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         trainer = StudyTrainer(model, options, setup.text, Path(folder), setup.device)
-        events = _Events(model, label or variant.name, options.steps)
+        events = _Events(trainer, label or variant.name, options.steps)
         trainer.run(events, events, stop)
     if trainer.stopped:
         raise KeyboardInterrupt

@@ -38,9 +38,11 @@ def _training_columns() -> list[Claim]:
 
 def _serving_columns() -> list[Claim]:
     c = of_table("key figures")
-    a100, h100 = gpus()["a100"].flop_per_s, gpus()["h100"].flop_per_s
+    a100, h100 = gpus()["a100"].flop_per_s, gpus()["h100"]
     queries = "the table for 1e8 queries, of 1000 tokens (assumed)"
-    rate = "2 * active * 1000 tokens at the full rate of "
+    # On the GPUs of the columns themselves: the table for 1e8 queries has others, but no latency.
+    rate = "2 * active * 1000 tokens (assumed) at the full bf16 rate of the column's "
+    in_fp8 = 1e3 * 4e15 / (4 * h100.rate_flop_per_s("fp8"))
     claims = [
         c("$ per million tokens, 1.8T", (3, 6), None, "$"),
         c("$ per million tokens, dense 10T", (45, 80), 456e3 / 1e11 * 1e6, "$", queries),
@@ -48,10 +50,10 @@ def _serving_columns() -> list[Claim]:
         c("trillions over 100B class, MoE", (3, 8), 11.5 / 4.5, "x", "middles: $11.5 / $4.5"),
         c("trillions over 100B class, dense", (3, 8), 62.5 / 4.5, "x", "middles: $62.5 / $4.5"),
         c("first token, 1.8T", (200, 400), None, "ms"),
-        c("first token, dense 10T", (1200, 2000), 1e3 * 2e16 / (64 * a100), "ms",
-          rate + "64 A100", floor=True),
-        c("first token, MoE 10T", (350, 600), 1e3 * 4e15 / (16 * h100), "ms",
-          rate + "16 H100", floor=True),
+        c("first token, dense 10T", (1200, 2000), 1e3 * 2e16 / (8 * a100), "ms",
+          rate + "8 A100", floor=True),
+        c("first token, MoE 10T", (350, 600), 1e3 * 4e15 / (4 * h100.flop_per_s), "ms",
+          rate + f"4 H100 (fp8: {in_fp8:.0f} ms)", floor=True),
     ]  # fmt: skip
     for name, stated, size, hardware in (
         ("1.8T", 80, 1.8e12, "one A100"), ("dense 10T", 640, 10e12, "8 A100"),
@@ -60,7 +62,7 @@ def _serving_columns() -> list[Claim]:
         for kind, width in (("bf16", 2), ("8 bits", 1), ("4 bits", 0.5)):
             claims.append(c(f"memory of {name} parameters", stated, size * width / 1e9, "GB",
                             f"{kind}; {hardware}", at_most=True))  # fmt: skip
-    claims.append(c("memory of 4 H100", 280, 4 * gpus()["h100"].memory_gb, "GB", "4 * 80 GB"))
+    claims.append(c("memory of 4 H100", 280, 4 * h100.memory_gb, "GB", "4 * 80 GB"))
     return claims
 
 
