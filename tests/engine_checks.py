@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ling_ops import parallel
 from ling_ops.models import LingForCausalLM
 from ling_ops.models.ling import LingLayer
-from ling_ops.nn import add_lora, load_lora, merge_lora, save_lora, unmerge_lora
+from ling_ops.nn import add_lora, load_lora, merge_lora, remove_lora, save_lora, unmerge_lora
 from ling_ops.nn.lora import adapters
 
 CHECKS = {}
@@ -238,7 +238,7 @@ def what_needs_whole_weights_refuses_parts_of_them(folder: Path) -> None:
     model = shard(adapted())
     for _ in range(2):
         before = {name: full(tensor).clone() for name, tensor in model.state_dict().items()}
-        for change in (merge_lora, unmerge_lora):
+        for change in (merge_lora, unmerge_lora, remove_lora):
             with pytest.raises(ValueError, match="a rank has only a part: call save_lora here"):
                 change(model)
         same(model.state_dict(), before)

@@ -278,6 +278,23 @@ def evaluation_needs_no_gradients(folder: Path) -> None:
 
 
 @check
+def ranks_generate_texts_of_their_own(folder: Path) -> None:
+    """Prompts, numbers of tokens and ends differ, and the last rank has no prompt at all."""
+    whole = tiny().double().eval()
+    ids = torch.randint(whole.config.vocab_size, (world(), 2, 9), device=device())
+    wanted = whole.generate(ids[rank()], max_new_tokens=4 + 3 * rank())
+    spread = parallel.parallelize(copy.deepcopy(whole), parallel.expert_mesh())
+    got = spread.generate(ids[rank()], max_new_tokens=4 + 3 * rank())
+    assert torch.equal(got, wanted)
+    end = int(wanted[0, 10]) if rank() == 0 else None  # rank 0 may end at its second token
+    wanted = whole.generate(ids[rank()][:1], max_new_tokens=7, eos_token_id=end)
+    assert torch.equal(spread.generate(ids[rank()][:1], max_new_tokens=7, eos_token_id=end), wanted)
+    last = rank() == world() - 1
+    prompts = ids[rank()][: 0 if last else 2]
+    assert spread.generate(prompts, max_new_tokens=3).shape == (len(prompts), 9 if last else 12)
+
+
+@check
 def static_capacity_in_a_layer(folder: Path) -> None:
     torch.manual_seed(2)
     policy = ling_ops.CapacityPolicy.fixed(0.75)

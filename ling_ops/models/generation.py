@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from .company import Company
 from .packed import PackedModel
 from .whole import WholeModel, runs_whole
 
@@ -132,15 +133,22 @@ def generate(
     check_generation(input_ids, token_mask, max_new_tokens, temperature, top_p)
     input_ids = input_ids.long()
     prompts, lengths = pack(input_ids, token_mask)
-    if max_new_tokens == 0 or not lengths:
-        return input_ids
     batch, new = len(lengths), []
-    reader = _Reader(streamer, eos_token_id, batch, input_ids.device)
+    company, reader = Company(model), _Reader(streamer, eos_token_id, batch, input_ids.device)
     modes = [(module, module.training) for module in model.modules()]  # some may be frozen
     model.eval()
     try:
+        if max_new_tokens == 0 or not lengths:
+            company.join()
+            return input_ids
         kind = WholeModel if runs_whole(model) else PackedModel
         engine = kind(model, batch, max(lengths) + max_new_tokens)
+
+        def step(chosen: torch.Tensor) -> torch.Tensor:
+            company.announce()
+            return engine.step(chosen, more=left > WORTH_A_GRAPH)
+
+        company.announce()
         logits = engine.prefill(prompts, lengths)
         for left in range(max_new_tokens - 1, -1, -1):
             chosen = sample(logits, temperature=temperature, top_p=top_p, generator=generator)
@@ -149,13 +157,14 @@ def generate(
                 engine.active.logical_and_(chosen != eos_token_id)
             new.append(chosen)
             reader.put(chosen)
-            more, ahead = left > WORTH_A_GRAPH, reader.lags and len(new) > 1
+            ahead = reader.lags and len(new) > 1
             if left and ahead:
-                logits = engine.step(chosen, more=more)
+                logits = step(chosen)
             if reader.all_ended():
                 break
             if left and not ahead:  # also the first step on a GPU: nobody waits for a capture
-                logits = engine.step(chosen, more=more)
+                logits = step(chosen)
+        company.join()
     finally:
         for module, training in modes:
             module.training = training

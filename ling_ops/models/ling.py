@@ -323,6 +323,9 @@ class LingForCausalLM(nn.Module):
         graph, captured anew by every call. A hook on a whole layer or attention, or a forward that
         is not the class's, makes generation run the slower ``forward``; otherwise the statistics of
         dropless MoE layers (``last_indices``, ``stats``) are not updated.
+
+        Where experts are spread over ranks, every rank calls it, with prompts of its own or none,
+        ``[0, S]``; ranks that end early take part until the last one has ended.
         """
         return generate(
             self,

@@ -362,21 +362,28 @@ def unmerge_lora(model: nn.Module) -> None:
     _set_merged(model, False)
 
 
-def _set_merged(model: nn.Module, merged: bool) -> None:
-    found = adapters(model)
-    if found and (part := sharded(model)):
+def _check_whole(model: nn.Module) -> None:
+    if adapters(model) and (part := sharded(model)):
         raise ValueError(
             f"model: {part}, of which a rank has only a part: call save_lora here and merge on one "
             f"process, with load_lora. {WHOLE_STATE}"
         )
-    for site, adapter in found:
+
+
+def _set_merged(model: nn.Module, merged: bool) -> None:
+    _check_whole(model)
+    for site, adapter in adapters(model):
         if adapter.merged != merged:
             adapter.add_to(site.weight, 1.0 if merged else -1.0)
             adapter.merged = merged
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Drops all adapters (what is merged stays in the weights); the weights can train again."""
+    """Drops all adapters (what is merged stays in the weights); the weights can train again.
+
+    Raises ValueError as ``merge_lora``.
+    """
+    _check_whole(model)
     for module in model.modules():
         for changed, plain in ((LoRALinear, nn.Linear), (LoRAExperts, Experts)):
             if type(module) is changed:
