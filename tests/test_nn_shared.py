@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from compiled import needs
 
 import ling_ops
 from ling_ops.nn import MoE
@@ -26,8 +27,7 @@ def make(device: torch.device, **changes) -> MoE:
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 def test_few_tokens_take_the_shared_experts_along(tokens, shared, activation, device):
     """One operator where no gradient is wanted: up to a number of tokens."""
-    if ling_ops.backend_info()["ops"]["moe_decode"]["backend"] != "cuda":
-        pytest.skip("moe_decode has no kernel here")
+    needs("moe_decode")
     layer = make(device, num_shared_experts=shared, activation=activation)
     x = torch.randn(tokens, H, device=device).bfloat16()
     with torch.no_grad(), torch.profiler.profile() as profile:
@@ -44,6 +44,7 @@ def test_few_tokens_take_the_shared_experts_along(tokens, shared, activation, de
 
 @pytest.mark.parametrize("change", ["hook", "bias", "dtype", "gradient", "autocast", "width"])
 def test_shared_experts_that_take_their_own_launches(change, device):
+    needs("moe_decode")
     options = {"num_shared_experts": 1}
     if change == "bias":
         options["expert_mlp_bias"] = True

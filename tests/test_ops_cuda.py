@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from compiled import needs
 from strategies import generator, make_indices, make_logits, make_mlp, make_offsets
 from tolerances import assert_bitwise, truth
 
@@ -21,12 +22,6 @@ pytestmark = pytest.mark.cuda
 
 E, K, H, INNER = 32, 4, 64, 48
 Step = Callable[[], tuple[torch.Tensor, ...]]
-
-
-def needs(op: str) -> None:
-    state = lo.backend_info()["ops"][op]
-    if state["backend"] != "cuda":
-        pytest.skip(f"{op} has no kernel here: {state['reason']}")
 
 
 def flat(result: object) -> tuple[torch.Tensor, ...]:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from compiled import needs
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import GATED, PLAIN, MlpCase, generator, make_mlp
@@ -271,9 +272,7 @@ def test_a_thousand_replays_with_new_routing(device: torch.device) -> None:
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64])
 def test_the_decode_kernels_run(device: torch.device, ids: torch.dtype) -> None:
     """By name, so that a threshold that sends these calls elsewhere is noticed."""
-    state = lo.backend_info()["ops"]["moe_decode"]
-    if state["backend"] != "cuda":
-        pytest.skip(f"moe_decode has no kernel here: {state['reason']}")
+    needs("moe_decode")
     case = make_mlp(MAX_PAIRS // 8, 64, 64, 256, 8, dtype=torch.bfloat16).to(device)
     with torch.profiler.profile() as profile:
         moe_mlp(case.x, case.gate_up, case.down, case.weights, case.indices.to(ids))

@@ -70,20 +70,14 @@ def load(arguments: Any):
 
     `device` and `dtype` of the arguments say where and as what; "checkpoint" keeps its dtype.
     """
-    from ling_ops.cli.checkpoint import (
-        STATE,
-        find_checkpoint,
-        has_checkpoint,
-        load_checkpoint,
-    )
+    from ling_ops.cli.checkpoint import find_checkpoint, load_checkpoint
     from ling_ops.cli.modeling import build_model, pick_device, pick_dtype, saved_config
-    from ling_ops.cli.runs import command_of
+    from ling_ops.cli.runs import command_of, is_published
 
     folder = Path(arguments.checkpoint)
     device = pick_device(arguments.device)
     dtype = None if arguments.dtype == "checkpoint" else pick_dtype(arguments.dtype, device)
-    trained = (folder / STATE).is_file() or has_checkpoint(folder)
-    if (folder / "config.json").is_file() and not trained:
+    if is_published(folder):
         return _load_published(folder, device, dtype)
     found = load_checkpoint(find_checkpoint(folder), groups=("model",))
     if command_of(found.state) == "finetune":
