@@ -38,7 +38,13 @@ void check_grouped(const char* op, const char* label, const Tensor& rows, const 
 // The row stride of a matrix; that of a single row is of no account and may be anything.
 int64_t row_stride(const Tensor& rows) { return rows.size(0) <= 1 ? rows.size(1) : rows.stride(0); }
 
-Tensor grouped_gemm(Tensor a, Tensor b, Tensor offsets) {
+// The counter of a product's tiles: zeroed by its launch, unless a caller has done so.
+struct TileCounter {
+  int32_t* value;
+  bool is_zero;
+};
+
+Tensor row_product(Tensor a, Tensor b, Tensor offsets, TileCounter counter) {
   const char* op = "grouped_gemm";
   a = on_boundary(a);
   b = on_boundary(b);
@@ -53,22 +59,27 @@ Tensor grouped_gemm(Tensor a, Tensor b, Tensor offsets) {
              (b.stride(1) == 1 && b.stride(2) == columns && (experts <= 1 || b.stride(0) == columns * contraction)),
          op, "b must be contiguous or the transpose of a contiguous tensor");
   Tensor out = empty(a, {a.size(0), columns}, a.scalar_type());
-  Tensor counter = empty(a, {1}, ScalarType::Int);
   const Launch launch(a);
   launch_grouped_gemm({.a = a.data_ptr(),
                        .b = b.data_ptr(),
                        .offsets = input<int32_t>(offsets),
                        .out = out.data_ptr(),
-                       .counter = output<int32_t>(counter),
+                       .counter = counter.value,
                        .rows = a.size(0),
                        .columns = columns,
                        .contraction = contraction,
                        .experts = experts,
                        .a_stride = row_stride(a),
                        .b_transposed = transposed,
-                       .dtype = kernel_dtype(op, "a", a)},
+                       .dtype = kernel_dtype(op, "a", a),
+                       .counter_is_zero = counter.is_zero},
                       launch.stream());
   return out;
+}
+
+Tensor grouped_gemm(Tensor a, Tensor b, Tensor offsets) {
+  Tensor counter = empty(a, {1}, ScalarType::Int);
+  return row_product(a, b, offsets, {output<int32_t>(counter), false});
 }
 
 Tensor grouped_gemm_dw(Tensor dy, Tensor x, Tensor offsets) {
@@ -156,8 +167,8 @@ void moe_dw_add_(Tensor buffer, Tensor dy, Tensor x, Tensor row_token, Tensor of
   weight_grad("moe_dw_add_", dy, x, row_token, offsets, gather_x, buffer);
 }
 
-std::tuple<Tensor, Tensor> moe_up(Tensor x, Tensor weight, Tensor row_token, Tensor offsets, int64_t activation,
-                                  double limit, bool write_h) {
+std::tuple<Tensor, Tensor> up_product(Tensor x, Tensor weight, Tensor row_token, Tensor offsets, int64_t activation,
+                                      double limit, bool write_h, TileCounter counter) {
   const char* op = "moe_up";
   x = on_boundary(x);
   weight = on_boundary(weight);
@@ -171,7 +182,6 @@ std::tuple<Tensor, Tensor> moe_up(Tensor x, Tensor weight, Tensor row_token, Ten
   const int64_t rows = row_token.size(0);
   Tensor h = write_h ? empty(x, {rows, parts * columns}, x.scalar_type()) : empty(x, {0}, x.scalar_type());
   Tensor a = empty(x, {rows, columns}, x.scalar_type());
-  Tensor counter = empty(x, {1}, ScalarType::Int);
   const Launch launch(x);
   launch_moe_up({.x = x.data_ptr(),
                  .weight = weight.data_ptr(),
@@ -179,7 +189,7 @@ std::tuple<Tensor, Tensor> moe_up(Tensor x, Tensor weight, Tensor row_token, Ten
                  .offsets = input<int32_t>(offsets),
                  .h = write_h ? h.data_ptr() : nullptr,
                  .a = a.data_ptr(),
-                 .counter = output<int32_t>(counter),
+                 .counter = counter.value,
                  .rows = rows,
                  .columns = columns,
                  .contraction = x.size(1),
@@ -188,9 +198,29 @@ std::tuple<Tensor, Tensor> moe_up(Tensor x, Tensor weight, Tensor row_token, Ten
                  .x_stride = row_stride(x),
                  .activation = code,
                  .limit = static_cast<float>(limit),
-                 .dtype = kernel_dtype(op, "x", x)},
+                 .dtype = kernel_dtype(op, "x", x),
+                 .counter_is_zero = counter.is_zero},
                 launch.stream());
   return {h, a};
+}
+
+std::tuple<Tensor, Tensor> moe_up(Tensor x, Tensor weight, Tensor row_token, Tensor offsets, int64_t activation,
+                                  double limit, bool write_h) {
+  Tensor counter = empty(x, {1}, ScalarType::Int);
+  return up_product(x, weight, row_token, offsets, activation, limit, write_h, {output<int32_t>(counter), false});
+}
+
+// Both counters are zeroed at once and in front, so that each kernel may start under the end of the one before.
+Tensor moe_forward(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor row_token, Tensor offsets,
+                   Tensor token_row, int64_t activation, double limit) {
+  Tensor counters = empty(x, {2}, ScalarType::Int);
+  auto* counter = output<int32_t>(counters);
+  {
+    const Launch launch(x);
+    check(cudaMemsetAsync(counter, 0, 2 * sizeof(int32_t), launch.stream()), "zeroing the tile counters");
+  }
+  auto [h, a] = up_product(x, proj, row_token, offsets, activation, limit, false, {counter, true});
+  return combine(row_product(a, down_proj, offsets, {counter + 1, true}), token_row, weights, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe_dact(Tensor dout, Tensor weight, Tensor h, Tensor weights, Tensor row_token,
@@ -400,6 +430,7 @@ STABLE_TORCH_LIBRARY_IMPL(ling_ops, CUDA, m) {
   m.impl("moe_dw", TORCH_BOX(&moe_dw));
   m.impl("moe_dw_add_", TORCH_BOX(&moe_dw_add_));
   m.impl("moe_up", TORCH_BOX(&moe_up));
+  m.impl("moe_forward", TORCH_BOX(&moe_forward));
   m.impl("moe_dact", TORCH_BOX(&moe_dact));
   m.impl("add_activate_", TORCH_BOX(&add_activate_));
   m.impl("moe_decode", TORCH_BOX(&moe_decode));

@@ -1,4 +1,5 @@
 // The weighted sum of a token's rows. A block walks one token; eight rows are in flight per thread.
+#include "ling/launch.h"
 #include "ling/permute.h"
 
 #include "vector.cuh"
@@ -11,6 +12,7 @@ constexpr int kBatch = 8;
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kMaxThreads) combine_kernel(const CombineParams p, const int64_t columns) {
+  wait_for_previous();
   const int64_t token = blockIdx.x;
   const int32_t* sources = p.token_row + token * p.choices;
   const float* weights = p.weights == nullptr ? nullptr : p.weights + token * p.choices;
@@ -51,10 +53,10 @@ void launch_combine(const CombineParams& p, cudaStream_t stream) {
   const bool aligned = combine::aligned(p.rows) && combine::aligned(p.residual) && combine::aligned(p.out);
   combine::dispatch(p.dtype, p.hidden, aligned, "combine", [&]<typename Kind>(Kind) {
     const int64_t columns = p.hidden / Kind::kWidth;
-    combine::combine_kernel<typename Kind::Element, Kind::kWidth>
-        <<<static_cast<unsigned>(p.tokens), combine::threads_for(columns), 0, stream>>>(p, columns);
+    LaunchShape shape = {static_cast<unsigned>(p.tokens), static_cast<unsigned>(combine::threads_for(columns))};
+    shape.overlap = true;
+    launch_kernel<combine::combine_kernel<typename Kind::Element, Kind::kWidth>>("combine", shape, stream, p, columns);
   });
-  check_launch("combine");
 }
 
 }  // namespace ling

@@ -11,13 +11,26 @@ constexpr int kGroup = 8;  // pairs of an expert that pass by its weights togeth
 // A slot is one expert with up to `kGroup` of its pairs. In shared memory. In which order a slot has them does not
 // matter: a pair is a column of a product, and no column's result depends on another.
 struct Slots {
-  int count;                           // slots in use
-  int warp_sum[32];                    // of the scan
-  int16_t expert[kDecodeMaxPairs];     // of the slot
-  int16_t begin[kDecodeMaxPairs];      // the slot's first place in `pairs`
-  int16_t size[kDecodeMaxPairs];       // how many places it has
-  int16_t pairs[kDecodeMaxPairs];      // grouped by expert
-  int16_t expert_of[kDecodeMaxPairs];  // of a pair; -1 where skipped
+  int count;                            // slots in use
+  int warp_sum[32];                     // of the scan
+  int16_t expert[kDecodeMaxPairs];      // of the slot
+  int16_t begin[kDecodeMaxPairs];       // the slot's first place in `pairs`
+  int16_t size[kDecodeMaxPairs];        // how many places it has
+  int16_t group[kDecodeMaxPairs];       // its expert's first slot; an expert's slots follow one another
+  int16_t group_size[kDecodeMaxPairs];  // and how many it has
+  int16_t pairs[kDecodeMaxPairs];       // grouped by expert
+  int16_t expert_of[kDecodeMaxPairs];   // of a pair; -1 where skipped
+
+  // The slot of an expert's places from `place` on, of `places` in all. `before`: the places (low half) and slots (high
+  // half) of the experts in front.
+  __device__ void set(int before, int place, int its_expert, int places) {
+    const int slot = (before >> 16) + place / kGroup;
+    expert[slot] = static_cast<int16_t>(its_expert);
+    begin[slot] = static_cast<int16_t>((before & 0xffff) + place);
+    size[slot] = static_cast<int16_t>(min(kGroup, places - place));
+    group[slot] = static_cast<int16_t>(before >> 16);
+    group_size[slot] = static_cast<int16_t>(ceil_div(places, kGroup));
+  }
 };
 
 // `pair` counts a token's own choices, then the parts of the shared expert.
@@ -56,28 +69,21 @@ __device__ inline void find_few_slots(const MoeDecodeParams& p, Slots& slots) {
   if (lane < 32) {
     const int expert = lane < p.pairs() ? expert_of_pair(p, lane) : -1;
     const unsigned mates = __match_any_sync(~0u, expert);
-    const unsigned before = (1u << lane) - 1;
-    const int place = __popc(mates & before);
-    const bool leads = expert >= 0 && place % kGroup == 0;
-    const unsigned leaders = __ballot_sync(~0u, leads);
-    const int size = leads ? min(kGroup, __popc(mates) - place) : 0;
-    int end = size;
+    const int place = __popc(mates & ((1u << lane) - 1));
+    // Of the expert's first pair: pairs in the low half, slots in the high half, summed up over the experts.
+    const int size = __popc(mates);
+    const int own = expert >= 0 && place == 0 ? size + (ceil_div(size, kGroup) << 16) : 0;
+    int end = own;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int left = __shfl_up_sync(~0u, end, step);
       if (lane >= step) end += left;
     }
-    const int leader = place < kGroup ? __ffs(mates) - 1 : __fns(mates, 0, place / kGroup * kGroup + 1);
-    const int first = __shfl_sync(~0u, end - size, leader);
+    const int before = __shfl_sync(~0u, end - own, __ffs(mates) - 1);
     slots.expert_of[lane] = static_cast<int16_t>(expert);
-    if (expert >= 0) slots.pairs[first + place % kGroup] = static_cast<int16_t>(lane);
-    if (leads) {
-      const int slot = __popc(leaders & before);
-      slots.expert[slot] = static_cast<int16_t>(expert);
-      slots.begin[slot] = static_cast<int16_t>(first);
-      slots.size[slot] = static_cast<int16_t>(size);
-    }
-    if (lane == 0) slots.count = __popc(leaders);
+    if (expert >= 0) slots.pairs[(before & 0xffff) + place] = static_cast<int16_t>(lane);
+    if (expert >= 0 && place % kGroup == 0) slots.set(before, place, expert, size);
+    if (lane == 31) slots.count = end >> 16;
   }
   __syncthreads();
 }
@@ -116,13 +122,8 @@ __device__ inline void find_slots(const MoeDecodeParams& p, Slots& slots, int* d
     const int size = demand[e];
     crowded |= size > kGroup;
     demand[e] = (size << 16) + (sum & 0xffff);  // from here on: how many, and the first place
-    for (int done = 0; done < size; done += kGroup) {
-      const int slot = sum >> 16;
-      slots.expert[slot] = static_cast<int16_t>(e);
-      slots.begin[slot] = static_cast<int16_t>(sum & 0xffff);
-      slots.size[slot] = static_cast<int16_t>(min(kGroup, size - done));
-      sum += min(kGroup, size - done) + (1 << 16);
-    }
+    for (int place = 0; place < size; place += kGroup) slots.set(sum, place, e, size);
+    sum += size + (ceil_div(size, kGroup) << 16);
   }
   const bool any_crowded = __syncthreads_or(crowded);
 

@@ -41,8 +41,9 @@ class Up {
   }
 
   __device__ Strip<Element> locate(int strip) const {
-    const int64_t expert = shared_.slots.expert[slot_of(strip)];
-    const int column = column_of(strip) + threadIdx.x % 32 / 4;
+    const Place place = place_of(strip);
+    const int64_t expert = shared_.slots.expert[place.slot];
+    const int column = place.column + threadIdx.x % 32 / 4;
     if (expert >= p_.experts) return locate_shared(expert - p_.experts, column);
     const Element* weights = static_cast<const Element*>(p_.proj) + (expert * kParts * p_.inner + column) * p_.hidden;
     if constexpr (kGated) return {weights, weights + p_.inner * p_.hidden, range_};
@@ -52,7 +53,7 @@ class Up {
   __device__ void ready() const {}
 
   __device__ void start(int strip) {
-    const int slot = slot_of(strip);
+    const int slot = place_of(strip).slot;
     const int place = threadIdx.x % 32 / 4;
     sums_.vector = nullptr;
     if (place >= shared_.slots.size[slot]) return;
@@ -69,9 +70,9 @@ class Up {
     __syncthreads();
     const int source = threadIdx.x / 32;  // a warp per sum
     if (source >= kColumns / 4) return;
-    const int slot = slot_of(strip);
+    const auto [slot, first_column] = place_of(strip);
     const int place = lane % 4 * 2 + source % 2;
-    const int column = column_of(strip) + lane / 4 + source / 2 * 8;
+    const int column = first_column + lane / 4 + source / 2 * 8;
     if (place >= shared_.slots.size[slot] || column >= p_.inner) return;
     const int pair = shared_.slots.pairs[shared_.slots.begin[slot] + place];
     float up = 0.0f;
@@ -87,9 +88,20 @@ class Up {
     return {up, column + 8 < p_.inner ? up + 8 * p_.hidden : nullptr, range_};
   }
 
-  __device__ int column_of(int strip) const { return strip % strips_per_expert_ * kColumns; }
+  struct Place {
+    int slot;
+    int column;
+  };
 
-  __device__ int slot_of(int strip) const { return strip / strips_per_expert_; }
+  // The slots of one expert share its strips in turn, so that the second of them finds the weights in L2.
+  __device__ Place place_of(int strip) const {
+    const int slot = strip / strips_per_expert_;
+    const int sharing = shared_.slots.group_size[slot];
+    if (sharing == 1) return {slot, (strip - slot * strips_per_expert_) * kColumns};
+    const int group = shared_.slots.group[slot];
+    const int in_group = strip - group * strips_per_expert_;
+    return {group + in_group % sharing, in_group / sharing * kColumns};
+  }
 
   __device__ static float total(const Partial& partial, int source) {
     float sum = 0.0f;

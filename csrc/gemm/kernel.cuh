@@ -4,6 +4,7 @@
 #include "detached.cuh"
 #include "epilogue.cuh"
 #include "gather_contraction.cuh"
+#include "ling/launch.h"
 #include "load.cuh"
 
 namespace ling::gemm {
@@ -156,6 +157,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_arrive();
     ptx::cluster_wait();
   }
+  wait_for_previous();
+  allow_next();
 
   // ---- scheduler
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);

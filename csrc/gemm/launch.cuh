@@ -8,29 +8,36 @@
 namespace ling::gemm {
 
 // `tiles` bounds the number of cluster tiles from above; offsets live on the device, so the exact number is not known.
+// The kernel may start before the one in front has ended, unless the counter's zeroing stands between them.
 template <class Config, template <class> class Product, template <class, class> class Epilogue>
-void launch_kernel(const KernelParams<Epilogue<Config, Product<Config>>>& params, int64_t tiles, cudaStream_t stream) {
+void launch_kernel(const KernelParams<Epilogue<Config, Product<Config>>>& params, int64_t tiles, cudaStream_t stream,
+                   bool counter_is_zero = false) {
   const auto kernel = &gemm_kernel<Config, Product, Epilogue>;
   constexpr int kBytes = sizeof(typename Config::Shared);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "gemm shared memory");
 
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = Config::kCluster;
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = Config::kCluster;
+  attributes[0].val.clusterDim.y = 1;
+  attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(Config::kCluster);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
-  config.attrs = &cluster;
+  config.attrs = attributes;
   config.numAttrs = 1;
   // A persistent grid must be resident as a whole; graphics clusters of odd size leave some SMs without a cluster.
   int resident = 0;
   check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), "counting resident clusters");
   config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, resident)) * Config::kCluster);
-  check(cudaMemsetAsync(params.schedule.counter, 0, sizeof(int32_t), stream), "zeroing the tile counter");
+  config.numAttrs = 2;
+  if (!counter_is_zero) {
+    check(cudaMemsetAsync(params.schedule.counter, 0, sizeof(int32_t), stream), "zeroing the tile counter");
+  }
   check(cudaLaunchKernelEx(&config, kernel, params), "grouped GEMM");
 }
 

@@ -106,7 +106,8 @@ void run_up(const MoeUpParams& p, cudaStream_t stream) {
   params.extents = {checked_int(p.columns, "columns"), checked_int(p.contraction, "contraction")};
   params.zeroed[0] = {p.a, p.columns};
   params.zeroed[1] = {p.h, kParts * p.columns};
-  launch_kernel<Config, RowProduct, ActivateTile>(params, row_tiles<Config>(p.rows, p.experts, n_tiles), stream);
+  launch_kernel<Config, RowProduct, ActivateTile>(params, row_tiles<Config>(p.rows, p.experts, n_tiles), stream,
+                                                  p.counter_is_zero);
 }
 
 template <class Element, int kParts>

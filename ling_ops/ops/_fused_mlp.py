@@ -127,9 +127,10 @@ def fused_moe_mlp(
     weights = weights.float().contiguous()
     trained = any(t.requires_grad for t in (x, proj, down_proj, weights))
     if not (torch.is_grad_enabled() and trained):
-        _, a = _OPS.moe_up(x, proj, routing.row_token, routing.expert_offsets, *settings, False)
-        rows = _OPS.grouped_gemm(a, down_proj, routing.expert_offsets)
-        return _OPS.combine(rows, routing.token_row, weights, None)
+        return _OPS.moe_forward(
+            x, proj, down_proj, weights, routing.row_token, routing.expert_offsets,
+            routing.token_row, *settings,
+        )  # fmt: skip
     up_buffer, down_buffer = (None, None) if main_grads is None else main_grads
     h, a = _Up.apply(x, proj, routing, settings, up_buffer)
     return _Down.apply(h, a, down_proj, weights, routing, settings, down_buffer)

@@ -258,6 +258,12 @@ _define(
     _moe_up_fake,
 )
 _define(
+    "moe_forward(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor row_token, "
+    "Tensor offsets, Tensor token_row, int activation, float limit) -> Tensor",
+    moe_mlp.moe_forward,
+    lambda x, *unused: x.new_empty(x.shape),
+)
+_define(
     "moe_dact(Tensor grad_out, Tensor down_proj, Tensor h, Tensor weights, Tensor row_token, "
     "Tensor row_pair, Tensor offsets, int activation, float limit) "
     "-> (Tensor dh, Tensor wa, Tensor grad_weights)",

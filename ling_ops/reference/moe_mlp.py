@@ -95,6 +95,22 @@ def moe_up(
     return h if write_h else h.new_empty(0), a
 
 
+def moe_forward(
+    x: Tensor,
+    proj: Tensor,
+    down_proj: Tensor,
+    weights: Tensor,
+    row_token: Tensor,
+    offsets: Tensor,
+    token_row: Tensor,
+    activation: int,
+    limit: float,
+) -> Tensor:
+    """[T,H]: `moe_up`, the second product and `combine`, with nothing kept for a backward."""
+    _, a = moe_up(x, proj, row_token, offsets, activation, limit, False)
+    return combine(loop_grouped_gemm(a, down_proj, offsets), token_row, weights, None)
+
+
 def moe_dact(
     grad_out: Tensor,
     down_proj: Tensor,

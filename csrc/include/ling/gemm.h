@@ -27,7 +27,8 @@ struct GroupedGemmParams {
   int64_t experts;         // E
   int64_t a_stride;        // elements
   bool b_transposed;
-  DType dtype;  // of a, b and out
+  DType dtype;                   // of a, b and out
+  bool counter_is_zero = false;  // then it is not zeroed here: nothing stands between this kernel and the one in front
 };
 void launch_grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream);
 
@@ -91,8 +92,9 @@ struct MoeUpParams {
   int64_t tokens;
   int64_t x_stride;  // elements
   Activation activation;
-  float limit;  // clamps the factors of a gated activation; infinity for none
-  DType dtype;  // of x, weight, h and a
+  float limit;                   // clamps the factors of a gated activation; infinity for none
+  DType dtype;                   // of x, weight, h and a
+  bool counter_is_zero = false;  // as above
 };
 void launch_moe_up(const MoeUpParams& params, cudaStream_t stream);
 
