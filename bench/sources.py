@@ -24,6 +24,7 @@ AREAS: dict[str, tuple[str, ...]] = {
     "permute": ("csrc/combine/*", "*/permute.h", "*/permute.py"),
     "gemm": ("csrc/gemm/*", "*/gemm.h", "*/gemm.py", "*/_autocast.py"),
     "decode": ("csrc/decode/*", "*/decode.h", "*/_decode.py"),
+    "heads": ("csrc/heads/*", "*/bindings_heads.h", "*/heads.h", "*/heads.py", "*/_heads.py"),
     "mlp": ("*/moe_mlp.py", "*/_fused_mlp.py", "*/activation.py"),
     "models": ("ling_ops/models/*",),
     "other": ("ling_ops/nn/*", "*/capacity.py", "*/losses.py", "*/gate_losses.py", "*/stats.py"),
@@ -37,7 +38,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "moe_train": ("gate", "route", "permute", "gemm", "mlp", "other"),
     "moe_infer": ("route", "permute", "gemm", "mlp", "decode"),
     "lora": ("gate", "route", "permute", "gemm", "mlp", "lora"),
-    "generate": ("gate", "route", "permute", "gemm", "mlp", "decode", "other", "models"),
+    "generate": ("gate", "route", "permute", "gemm", "mlp", "decode", "heads", "other", "models"),
 }
 
 

@@ -11,6 +11,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bindings_heads.h"
 #include "bindings_routing.h"
 #include "bindings_util.h"
 #include "ling/add_activate.h"
@@ -434,6 +435,7 @@ STABLE_TORCH_LIBRARY_IMPL(ling_ops, CUDA, m) {
   m.impl("moe_dact", TORCH_BOX(&moe_dact));
   m.impl("add_activate_", TORCH_BOX(&add_activate_));
   m.impl("moe_decode", TORCH_BOX(&moe_decode));
+  m.impl("attention_heads_", TORCH_BOX(&attention_heads_));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -35,6 +35,11 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
     down = torch.randn(E, H, N // 2, device=device).to(dtype)
     down_plain = torch.randn(E, H, N, device=device).to(dtype)
     main_grad = torch.randn(E, N, H, device=device)
+    kv_heads, head = 2, torch.rand(H, device=device)
+    projected = torch.randn(T, 3 + 2 * kv_heads, H, device=device).to(dtype)
+    caches = (torch.zeros(20, kv_heads, H, device=device, dtype=dtype) for _ in range(2))
+    cached = (projected, *caches, torch.arange(T, device=device) * 2 - 1)
+    angles = (torch.rand(10, 3, device=device), torch.rand(10, 3, device=device))
     places = (routing.row_token, routing.row_pair, routing.expert_offsets)
     return {
         "topk_gate": [
@@ -107,6 +112,11 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
              down_plain[..., 0].contiguous(), None, None, None, 6, math.inf),
             (x, b, down, weights, indices, None, None, None, b[0, : N // 2].contiguous(),
              b[1, : N // 2].contiguous(), down[0].contiguous(), 0, math.inf),
+        ],
+        "attention_heads_": [
+            (*cached, *angles, None, None, 1e-6),
+            (*cached, *angles, head.to(dtype), head.to(dtype), 1e-5),
+            (*cached, *angles, head, head, 1e-5),
         ],
     }  # fmt: skip
 

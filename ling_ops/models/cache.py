@@ -100,13 +100,6 @@ class StaticCache:
         self.starts, self.first_rows = boundaries.int(), boundaries[:-1]
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
 
-    def write(
-        self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """Puts keys and values ``[N, KV heads, head_dim]`` into the rows ``[N]`` int64."""
-        self.keys[layer].index_copy_(0, rows, keys)
-        self.values[layer].index_copy_(0, rows, values)
-
     def sequences(self, layer: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first ``longest`` keys and values of all, ``[B, KV heads, longest, head_dim]``."""
         both = (self.keys[layer], self.values[layer])

@@ -19,6 +19,7 @@ from ling_ops.nn import MoE
 from ling_ops.nn.experts import Experts
 from ling_ops.nn.mlp import add_linear_, add_mlp_, is_hooked
 from ling_ops.ops._backend import use_kernel
+from ling_ops.ops._heads import attention_heads_
 from ling_ops.ops.gemm import tensor_core_unsupported
 
 from .attention import Attention, rotary_table
@@ -37,15 +38,6 @@ class Span(NamedTuple):
     longest: int  # a bound on the tokens of one sequence; 1 means exactly one of each
     keys: Tensor  # [B] int32: cached tokens of each sequence, those of this pass included
     sizes: list[tuple[int, int]] | None  # (tokens, keys) per sequence; None in a decode step
-
-
-class Rotation(NamedTuple):
-    """Factors of queries and keys x ``[N, heads, head_dim]``: x · own, then the first half of the
-    rotated elements gains x of the second half · first, and the second x of the first · second."""
-
-    own: Tensor
-    first: Tensor
-    second: Tensor
 
 
 class PackedModel:
@@ -69,7 +61,10 @@ class PackedModel:
         self._head_norm = model.head_norm()
         self._flash_runs = _flash_runs(weight, model.config.head_dim)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._prepare_rotation()
+        positions = torch.arange(max_length, device=self.device).unsqueeze(0)
+        angles = rotary_table(positions, model.config.rotary_dim, model.config.rope_theta)
+        half = model.config.rotary_dim // 2  # both halves of a row are the same
+        self._cos, self._sin = (table[0, 0, :, :half].contiguous() for table in angles)
 
     # --- passes ----------------------------------------------------------------------------------
     def prefill(self, tokens: Tensor, lengths: list[int]) -> Tensor:
@@ -87,7 +82,7 @@ class PackedModel:
                 first = behind - length
                 done = min(max(end - first, 0), length)
                 sizes.append((done - min(max(begin - first, 0), length), done))
-            hidden = self._pass(tokens[begin:end], self._span(sizes), None, None)
+            hidden = self._pass(tokens[begin:end], self._span(sizes), None)
             finals = [behind - 1 - begin for behind in ends if begin < behind <= end]
             last.append(hidden[torch.tensor(finals, dtype=torch.int64, device=self.device)])
         self.cache.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
@@ -125,10 +120,10 @@ class PackedModel:
 
     def _decode(self) -> Tensor:
         cache = self.cache
-        rows, rotations = cache.first_rows + cache.lengths, self._rotations(cache.lengths)
+        rows = cache.first_rows + cache.lengths
         cache.lengths.add_(1)
         span = Span(rows, self._steps, 1, cache.lengths, None)
-        return self._logits(self._pass(self.tokens, span, rotations, self.active))
+        return self._logits(self._pass(self.tokens, span, self.active))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.head(self.model.model.norm(hidden), self._head_norm)
@@ -171,62 +166,35 @@ class PackedModel:
         return True
 
     # --- layers ----------------------------------------------------------------------------------
-    def _pass(
-        self, tokens: Tensor, span: Span, rotations: list[Rotation] | None, active: Tensor | None
-    ) -> Tensor:
-        """Hidden states ``[N, H]`` before the last norm. ``rotations`` have the norms' weights in
-        them, one per layer; None: those of the rows' positions, and the weights by themselves."""
+    def _pass(self, tokens: Tensor, span: Span, active: Tensor | None) -> Tensor:
+        """Hidden states ``[N, H]`` before the last norm."""
         x = self.model.model.word_embeddings(tokens)
-        shared = None
-        if rotations is None:
-            shared = self._rotation(span.rows % self.cache.max_length)
         for index, layer in enumerate(self.model.model.layers):
-            normed = layer.input_layernorm(x)
-            heads = self._heads(layer.attention, normed)
-            if rotations is None:
-                rotation = shared
-                if self._norm_weights is not None:
-                    heads = (heads[0] * self._norm_weights[index], heads[1])
-            else:
-                rotation = rotations[index]
-            attended = self._attend(index, layer.attention, *heads, rotation, span)
-            add_linear_(x, layer.attention.dense, attended)
+            attention, normed = layer.attention, layer.input_layernorm(x)
+            query = self._heads(index, attention, normed, span.rows)
+            add_linear_(x, attention.dense, self._attend(index, query, span).flatten(1))
             _add_layer_(x, layer.mlp, layer.post_attention_layernorm(x), active)
         return x
 
-    def _heads(self, attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (normalised, without the norms' weights) and values ``[N, ., D]``."""
-        projected = attention.query_key_value(x).unflatten(1, (-1, attention.head_dim))
-        kv_heads, turned = attention.num_kv_heads, projected
+    def _heads(self, layer: int, attention: Attention, x: Tensor, rows: Tensor) -> Tensor:
+        """Queries ``[N, heads, D]`` in the cache's dtype; the cache gains keys and values."""
+        norms = {}
         if attention.query_layernorm is not None:
-            # the values too: leaving them out would cost a copy of the others
-            wide = projected.to(self._wide)
-            turned = F.rms_norm(wide, wide.shape[-1:], None, attention.query_layernorm.eps)
-        return turned[:, :-kv_heads], projected[:, -kv_heads:]
+            norms = {
+                "query_weight": attention.query_layernorm.weight,
+                "key_weight": attention.key_layernorm.weight,
+                "eps": attention.query_layernorm.eps,
+            }
+        projected = attention.query_key_value(x).unflatten(1, (-1, attention.head_dim))
+        caches = self.cache.keys[layer], self.cache.values[layer]
+        return attention_heads_(projected, *caches, rows, self._cos, self._sin, **norms)
 
-    def _attend(
-        self,
-        layer: int,
-        attention: Attention,
-        turned: Tensor,
-        value: Tensor,
-        rotation: Rotation,
-        span: Span,
-    ) -> Tensor:
-        """What the heads read, ``[N, heads · D]``; the cache gains the new keys and values."""
-        half = rotation.first.shape[-1]
-        rotated = turned * rotation.own
-        first, second = turned[..., :half], turned[..., half : 2 * half]
-        rotated[..., :half].addcmul_(second, rotation.first)
-        rotated[..., half : 2 * half].addcmul_(first, rotation.second)
-        dtype = self.cache.values[layer].dtype  # autocast may have given another
-        rotated, value = rotated.to(dtype), value.to(dtype)
-        query, key = rotated[:, : attention.num_heads], rotated[:, attention.num_heads :]
-        self.cache.write(layer, span.rows, key, value)
+    def _attend(self, layer: int, query: Tensor, span: Span) -> Tensor:
+        """What the heads read, ``[N, heads, D]``."""
         if self._flash_runs:
-            return self._flash(layer, query, span).flatten(1)
+            return self._flash(layer, query, span)
         attend = self._attend_step if span.sizes is None else self._attend_each
-        return attend(layer, query, span).flatten(1)
+        return attend(layer, query, span)
 
     def _flash(self, layer: int, query: Tensor, span: Span) -> Tensor:
         """Attention that reads each sequence's length on the device, and no more keys than that."""
@@ -264,47 +232,6 @@ class PackedModel:
             out.append(read[0].transpose(0, 1))
             begin += new
         return torch.cat(out)
-
-    # --- rotary embedding ------------------------------------------------------------------------
-    def _prepare_rotation(self) -> None:
-        """Tables of every position, and the weights of all layers' norms over heads.
-
-        ``_wide`` is the dtype in which heads are normalised: RMSNorm's.
-        """
-        config, positions = self.config, torch.arange(self.cache.max_length, device=self.device)
-        attention = [layer.attention for layer in self.model.model.layers]
-        self._wide, self._norm_weights = self.model.lm_head.weight.dtype, None
-        if config.use_qk_norm:
-            norms = [(a.query_layernorm.weight, a.key_layernorm.weight) for a in attention]
-            heads = (config.num_heads, config.num_kv_heads)
-            self._wide = torch.promote_types(self._wide, norms[0][0].dtype)
-            self._norm_weights = torch.stack(
-                [
-                    torch.cat([w.expand(n, -1) for w, n in zip(pair, heads, strict=True)])
-                    for pair in norms
-                ]
-            ).to(self._wide)  # [layers, heads, D]
-        cos, sin = rotary_table(positions.unsqueeze(0), config.rotary_dim, config.rope_theta)
-        cos, sin = cos[0, 0], sin[0, 0, :, : config.rotary_dim // 2]
-        cos = F.pad(cos, (0, config.head_dim - config.rotary_dim), value=1.0)
-        self._cos, self._sin = cos.to(self._wide), sin.to(self._wide)  # [positions, .]
-
-    def _rotation(self, positions: Tensor) -> Rotation:
-        cos = self._cos.index_select(0, positions).unsqueeze(1)
-        sin = self._sin.index_select(0, positions).unsqueeze(1)
-        return Rotation(cos, -sin, sin)
-
-    def _rotations(self, positions: Tensor) -> list[Rotation]:
-        """One per layer, with the norms' weights multiplied in: few launches for all layers."""
-        rotation, weights = self._rotation(positions), self._norm_weights
-        if weights is None:
-            return [rotation] * self.config.num_layers
-        half = rotation.first.shape[-1]
-        w = weights.unsqueeze(1)  # [layers, 1, heads, D]
-        own = rotation.own * w
-        first = rotation.first * w[..., half : 2 * half]
-        second = rotation.second * w[..., :half]
-        return [Rotation(*each) for each in zip(own, first, second, strict=True)]
 
 
 @functools.cache

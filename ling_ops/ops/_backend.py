@@ -28,6 +28,7 @@ KERNELS: dict[str, str] = {
     "grouped_mm": "gemm_archs",
     "moe_mlp": "gemm_archs",
     "moe_decode": "archs",
+    "attention_heads": "archs",
 }
 _BACKENDS = ("auto", "reference")
 _chosen = "auto"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from .. import _extension
-from ..reference import capacity, gate, gemm, lora_mlp, moe_mlp, permute
+from ..reference import capacity, gate, gemm, heads, lora_mlp, moe_mlp, permute
 from ..reference.activation import ACTIVATIONS, GATED
 from ..reference.losses import demand
 from ..reference.route import moved_weights, reroute_ids
@@ -283,6 +283,14 @@ _define(
     "Tensor? shared_up, Tensor? shared_down, int activation, float limit) -> Tensor",
     moe_mlp.moe_decode,
     lambda x, *unused: x.new_empty(x.shape),
+)
+_define(
+    "attention_heads_(Tensor projected, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor rows, "
+    "Tensor cos, Tensor sin, Tensor? query_weight, Tensor? key_weight, float eps) -> Tensor",
+    heads.attention_heads_,
+    lambda projected, key_cache, *unused: key_cache.new_empty(
+        projected.shape[0], projected.shape[1] - 2 * key_cache.shape[1], projected.shape[2]
+    ),
 )
 
 
