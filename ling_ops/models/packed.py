@@ -22,6 +22,7 @@ from ling_ops.ops._backend import use_kernel
 from ling_ops.ops._heads import attention_heads_
 from ling_ops.ops.gemm import tensor_core_unsupported
 
+from ._attention_backend import flash_attention_4, runs_flash_attention_4
 from .attention import Attention, rotary_table
 from .cache import StaticCache
 
@@ -199,10 +200,13 @@ class PackedModel:
     def _flash(self, layer: int, query: Tensor, span: Span) -> Tensor:
         """Attention that reads each sequence's length on the device, and no more keys than that."""
         cache = self.cache
+        keys, values = cache.keys[layer], cache.values[layer]
+        if span.sizes is not None and runs_flash_attention_4(query, cache.batch_size):
+            return flash_attention_4(query, keys, values, span.starts, cache.starts, span.keys)
         return torch.ops.aten._flash_attention_forward(
             query,
-            cache.keys[layer],
-            cache.values[layer],
+            keys,
+            values,
             span.starts,
             cache.starts,
             span.longest,

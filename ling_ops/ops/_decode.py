@@ -41,6 +41,11 @@ def batch_invariant() -> Iterator[None]:
         _one_path = before
 
 
+def is_batch_invariant() -> bool:
+    """Whether a block of `batch_invariant` is being run."""
+    return _one_path
+
+
 def decode_limit(k: int, num_experts: int) -> int:
     """The most tokens that `moe_decode` is chosen for: `PAIRS_PER_EXPERT` per expert, at most
     `MAX_TOKENS` and `MAX_PAIRS`. A function of the layer alone: a token's result is bitwise the
