@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from harness import BYTE_RATE, DEVICE, FLOP_RATE, Case, Provider, main
 
+import ling_ops
 from ling_ops.models import LingConfig, LingForCausalLM
+from ling_ops.models._attention_backend import load
 from ling_ops.models.packed import PackedModel
 
 CONFIG = LingConfig.preset("ling-mini-2.0")
@@ -76,6 +78,23 @@ def our_step(model: LingForCausalLM, batch: int) -> tuple[Provider, Callable[[],
     return step, lambda: engine.rewind(CONTEXT)
 
 
+def our_prefill(engine: PackedModel, tokens: torch.Tensor) -> dict[str, Provider]:
+    """By PyTorch's attention, and where it is installed by that of the extra `attention`."""
+
+    @torch.no_grad()
+    def prefill(_: int) -> torch.Tensor:
+        return engine.prefill(tokens, [len(tokens)])
+
+    def plain(turn: int) -> torch.Tensor:
+        with ling_ops.batch_invariant():
+            return prefill(turn)
+
+    providers: dict[str, Provider] = {"ling_ops": plain}
+    if tokens.is_cuda and load() is not None:
+        providers["ling_ops[attention]"] = prefill
+    return providers
+
+
 def their_step(model: torch.nn.Module, batch: int) -> tuple[Provider, Callable[[], None]]:
     from transformers import StaticCache
 
@@ -127,7 +146,7 @@ def cases() -> Iterator[Case]:
         yield Case("generate", "decode", shape, "bfloat16", least, providers, reset=in_turn(resets))
     tokens = torch.randint(CONFIG.vocab_size, (PROMPT,), device=DEVICE)
     engine = PackedModel(model, 1, PROMPT)
-    providers = {"ling_ops": torch.no_grad()(lambda _: engine.prefill(tokens, [PROMPT]))}
+    providers = our_prefill(engine, tokens)
     if peer is not None:
         providers["transformers"] = torch.no_grad()(
             lambda _: peer(input_ids=tokens[None], logits_to_keep=1).logits

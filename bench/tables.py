@@ -214,11 +214,12 @@ def lora_peft(record: Record) -> str:
 def generate(record: Record) -> str:
     """Tokens per second; a decode row's T is the number of sequences, each with one new token."""
     lines = []
-    for row in (r for r in record.rows if (r.bench, r.provider) == ("generate", "ling_ops")):
+    for row in (r for r in record.rows if r.bench == "generate" and "ling_ops" in r.provider):
         sizes = {"T": row.T}
         peer = record.find("generate", row.what, "transformers", **sizes)
         many = "sequence" if row.T == 1 else "sequences"
         label = f"a prompt of {row.T} tokens" if row.what == "prefill" else f"{row.T} {many}"
+        label += ", extra `attention`" if "attention" in row.provider else ""
         rates = [1e3 * row.T / ms for ms in (row.ms, row.floor_ms)]
         theirs = f"{1e3 * row.T / peer.ms:,.0f}" if peer else ""
         lines.append([label, f"**{rates[0]:,.0f}**", theirs, f"{rates[1]:,.0f}"])

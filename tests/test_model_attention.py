@@ -29,7 +29,7 @@ def fresh():
 
 @pytest.mark.parametrize(
     "tokens,sequences,expected",
-    [(2047, 1, False), (2048, 1, True), (16384, 256, True), (16384, 257, False)],
+    [(4095, 1, False), (4096, 1, True), (16384, 256, True), (16384, 257, False)],
 )
 def test_size_alone_decides(tokens, sequences, expected):
     assert backend.pays(tokens, sequences) is expected
@@ -148,6 +148,7 @@ def test_a_long_prompt_s_logits(device, monkeypatch):
         return backend.flash_attention_4(*arguments)
 
     monkeypatch.setattr(packed, "flash_attention_4", watch)
+    monkeypatch.setattr(backend, "FEWEST_TOKENS", sum(lengths))
     with torch.no_grad():
         got = PackedModel(model, 3, 2000).prefill(tokens, lengths)
         with lo.batch_invariant():

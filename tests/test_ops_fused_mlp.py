@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 
 import pytest
@@ -78,3 +79,25 @@ def test_a_s_missing_gradient_is_not_filled_with_zeros(monkeypatch):
     ((dh, da),) = got
     assert dh.shape == (tokens * k, 2 * inner) and da is None
     assert x.grad.abs().sum() > 0 and proj.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_without_gradients_the_bits_are_the_same(device: torch.device, activation: str) -> None:
+    """One operator for the forward against its steps, with dropped pairs and an empty expert."""
+    tokens, hidden, inner, experts, k = 300, 264, 72, 7, 3
+    parts = 2 if activation == "swiglu" else 1
+    x, proj, down = (
+        torch.randn(*shape, device=device).bfloat16() / shape[-1] ** 0.5
+        for shape in ((tokens, hidden), (experts, parts * inner, hidden), (experts, hidden, inner))
+    )
+    logits = torch.randn(tokens, experts, device=device)
+    logits[:, 2] = -math.inf
+    weights, indices = ling_ops.topk_gate(logits, k)
+    indices[::5, 1] = -1
+    routing = ling_ops.route(indices, experts, capacity=torch.tensor([60], device=device).int())
+    options = {"activation": activation, "swiglu_limit": None, "main_grads": None}
+    kept = _fused_mlp.fused_moe_mlp(x, proj.requires_grad_(), down, weights, routing, **options)
+    with torch.no_grad():
+        plain = _fused_mlp.fused_moe_mlp(x, proj, down, weights, routing, **options)
+    assert kept.requires_grad and not plain.requires_grad
+    assert torch.equal(plain, kept)

@@ -7,7 +7,7 @@
 namespace ling::decode {
 namespace {
 
-constexpr int kColumns = 16;  // of the output, per block
+constexpr int kColumns = kDownColumns;
 constexpr int kBusyWarps = 8;
 
 // Into how many chunks an expert's contraction is cut: enough to occupy the warps for a single token. It depends on
@@ -60,6 +60,8 @@ class Down {
     for (int pair = threadIdx.x; pair < p_.pairs(); pair += kThreads) weights_[pair] = weight_of(pair);
     wait_for_previous();
   }
+
+  __device__ void all_requested() const {}
 
   __device__ void start(int unit) {
     const int slot = unit / chunks_;

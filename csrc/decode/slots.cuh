@@ -6,7 +6,8 @@
 
 namespace ling::decode {
 
-constexpr int kGroup = 8;  // pairs of an expert that pass by its weights together: the columns of one product
+constexpr int kDownColumns = 16;  // of the output, per block of the second half
+constexpr int kGroup = 8;         // pairs of an expert that pass by its weights together: the columns of one product
 
 // A slot is one expert with up to `kGroup` of its pairs. In shared memory. In which order a slot has them does not
 // matter: a pair is a column of a product, and no column's result depends on another.
@@ -63,27 +64,45 @@ __device__ inline int exclusive_sum(int value, int* warp_sum) {
   return base + sum - value;
 }
 
-// The same for at most 32 pairs, by one warp and without a barrier but the last: fewer cycles ahead of the first load.
+// A lane per pair of one token: every pair is a slot. An expert that a token names twice is read twice.
+__device__ inline void find_slots_of_token(Slots& slots, int expert) {
+  const int lane = threadIdx.x;
+  const unsigned valid = __ballot_sync(~0u, expert >= 0);
+  const int slot = __popc(valid & ((1u << lane) - 1));
+  if (expert >= 0) {
+    slots.pairs[slot] = static_cast<int16_t>(lane);
+    slots.set(slot + (slot << 16), 0, expert, 1);
+  }
+  if (lane == 0) slots.count = __popc(valid);
+}
+
+// A lane per pair. What is summed up over the experts has pairs in the low half and slots in the high half.
+__device__ inline void find_slots_of_tokens(Slots& slots, int expert) {
+  const int lane = threadIdx.x;
+  const unsigned mates = __match_any_sync(~0u, expert);
+  const int size = __popc(mates);
+  const int place = __popc(mates & ((1u << lane) - 1));
+  const int own = expert >= 0 && place == 0 ? size + (ceil_div(size, kGroup) << 16) : 0;
+  int end = own;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int left = __shfl_up_sync(~0u, end, step);
+    if (lane >= step) end += left;
+  }
+  const int before = __shfl_sync(~0u, end - own, __ffs(mates) - 1);
+  if (expert >= 0) slots.pairs[(before & 0xffff) + place] = static_cast<int16_t>(lane);
+  if (expert >= 0 && place % kGroup == 0) slots.set(before, place, expert, size);
+  if (lane == 31) slots.count = end >> 16;
+}
+
+// find_slots for at most 32 pairs, by one warp and without a barrier but the last: fewer cycles ahead of the first
+// load.
 __device__ inline void find_few_slots(const MoeDecodeParams& p, Slots& slots) {
   const int lane = threadIdx.x;
   if (lane < 32) {
     const int expert = lane < p.pairs() ? expert_of_pair(p, lane) : -1;
-    const unsigned mates = __match_any_sync(~0u, expert);
-    const int place = __popc(mates & ((1u << lane) - 1));
-    // Of the expert's first pair: pairs in the low half, slots in the high half, summed up over the experts.
-    const int size = __popc(mates);
-    const int own = expert >= 0 && place == 0 ? size + (ceil_div(size, kGroup) << 16) : 0;
-    int end = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(~0u, end, step);
-      if (lane >= step) end += left;
-    }
-    const int before = __shfl_sync(~0u, end - own, __ffs(mates) - 1);
     slots.expert_of[lane] = static_cast<int16_t>(expert);
-    if (expert >= 0) slots.pairs[(before & 0xffff) + place] = static_cast<int16_t>(lane);
-    if (expert >= 0 && place % kGroup == 0) slots.set(before, place, expert, size);
-    if (lane == 31) slots.count = end >> 16;
+    p.tokens == 1 ? find_slots_of_token(slots, expert) : find_slots_of_tokens(slots, expert);
   }
   __syncthreads();
 }

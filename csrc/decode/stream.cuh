@@ -50,6 +50,13 @@ __device__ inline uint4 load_vector(const void* address) {
 // Brings a line of memory into L2.
 __device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
+// The same for `bytes`, a multiple of 16, by the copy engine.
+__device__ inline void prefetch_bulk([[maybe_unused]] const void* address, [[maybe_unused]] uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+#endif
+}
+
 template <typename Element>
 __device__ inline void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {
@@ -127,7 +134,7 @@ struct Sums {
 
 // Multiplies the units first, first + stride, ... below `end`, all of the same number of batches; one batch of weights
 // is always on its way. The task says where a unit's weights lie (`locate`), readies its vectors (`start`) and keeps
-// its sums (`finish`); `ready` runs once, after the first weights were asked for.
+// its sums (`finish`); `ready` runs once, after the first weights were asked for, and `all_requested` after the last.
 template <class Task, class SumsOfTask>
 __device__ inline void stream(Task& task, SumsOfTask& sums, int first, int end, int stride, int batches) {
   Weights current;
@@ -146,6 +153,8 @@ __device__ inline void stream(Task& task, SumsOfTask& sums, int first, int end, 
         next.load(strip, batch + 1);
       } else if (successor < end) {
         next.load(following, 0);
+      } else {
+        task.all_requested();
       }
       sums.add(current, strip.range, batch);
       current = next;

@@ -44,8 +44,8 @@ constexpr int choose_dact_load_warps(int64_t contraction) { return contraction <
 // Blocks that share weights where rows are gathered (the up projection, the activation's backward), 256 columns each. A
 // pair's tile of 256 rows idles more at an expert's end: alone, blocks take 0.632 against 0.658 ms (up) and 0.485
 // against 0.518 (backward) at 65536 rows of 256 experts, 363 against 392 us (up) at 4096 rows. With 1024 rows per
-// expert they are 4 % faster by themselves, but what they read twice costs power: the whole step is 1 % slower at the
-// card's limit.
+// expert they are 4 % faster by themselves, yet the whole step is 1 % slower (they read more, which takes power, is the
+// guess).
 constexpr int64_t kGatheredPairRows = 640;
 constexpr int choose_gathered_cluster(int64_t rows, int64_t experts) {
   return rows < kGatheredPairRows * experts ? 1 : 2;

@@ -30,9 +30,6 @@ def decode_with_shared(
     """
     if torch.is_autocast_enabled(x.device.type):
         return None
-    check_layer(
-        x, gate_up_proj, down_proj, weights, indices, None, None, activation, swiglu_limit, routing
-    )
     differentiable = (x, gate_up_proj, down_proj, weights, *shared)
     if (
         any(t is not None and t.dtype != x.dtype for t in shared)
@@ -41,6 +38,9 @@ def decode_with_shared(
         or not runs_decode(x, indices, down_proj, differentiable)
     ):
         return None
+    check_layer(
+        x, gate_up_proj, down_proj, weights, indices, None, None, activation, swiglu_limit, routing
+    )
     return moe_decode(
         x, gate_up_proj, down_proj, weights, indices, routing, None, None, activation=activation,
         swiglu_limit=swiglu_limit, shared=shared,
