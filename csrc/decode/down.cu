@@ -7,7 +7,7 @@
 namespace ling::decode {
 namespace {
 
-constexpr int kColumns = kDownColumns;
+constexpr int kColumns = 16;  // of the output, per block
 constexpr int kBusyWarps = 8;
 
 // Into how many chunks an expert's contraction is cut: enough to occupy the warps for a single token. It depends on
@@ -56,12 +56,12 @@ class Down {
   }
 
   // Weights, which no kernel writes, are on their way before the kernel in front has ended; a is read after that.
-  __device__ void ready() const {
-    for (int pair = threadIdx.x; pair < p_.pairs(); pair += kThreads) weights_[pair] = weight_of(pair);
-    wait_for_previous();
-  }
+  __device__ void ready() const { wait_for_previous(); }
 
-  __device__ void all_requested() const {}
+  __device__ Range range_of(int unit) const {
+    const int begin = min(unit % chunks_ * chunk_length_, static_cast<int>(p_.inner));
+    return {begin, min(begin + chunk_length_, static_cast<int>(p_.inner))};
+  }
 
   __device__ void start(int unit) {
     const int slot = unit / chunks_;
@@ -85,35 +85,32 @@ class Down {
   }
 
  private:
-  __device__ float weight_of(int pair) const {
-    const int token = pair / p_.per_token();
-    const int k = pair - token * p_.per_token();
-    return k < p_.choices ? __ldcg(p_.weights + token * p_.choices + k) : 1.0f;
-  }
-
-  __device__ Range range_of(int unit) const {
-    const int begin = min(unit % chunks_ * chunk_length_, static_cast<int>(p_.inner));
-    return {begin, min(begin + chunk_length_, static_cast<int>(p_.inner))};
-  }
-
+  // A thread per element. Its loads are independent of one another; the sum runs in order of k.
   __device__ void combine() const {
+    constexpr int kPairs = 8;
     for (int index = threadIdx.x; index < p_.tokens * kColumns; index += kThreads) {
-      const int64_t token = index / kColumns;
+      const int token = index / kColumns;
       const int64_t column = blockIdx.x * kColumns + index % kColumns;
       if (column >= p_.hidden) continue;
       float sum = 0.0f;
-#pragma unroll 4
-      for (int k = 0; k < p_.per_token(); ++k) {
-        const int pair = static_cast<int>(token) * p_.per_token() + k;
-        const int expert = slots_.expert_of[pair];
-        float row = 0.0f;
+      for (int first = 0; first < p_.per_token(); first += kPairs) {
+        const int pair = token * p_.per_token() + first;
+        const int count = min(kPairs, p_.per_token() - first);
+        float rows[kPairs] = {};
         for (int chunk = 0; chunk < chunks_; ++chunk) {
-          row += y_[(pair * chunks_ + chunk) * kColumns + index % kColumns];
+#pragma unroll
+          for (int k = 0; k < kPairs; ++k) {
+            if (k < count) rows[k] += y_[((pair + k) * chunks_ + chunk) * kColumns + index % kColumns];
+          }
         }
-        if (p_.down_bias != nullptr && expert >= 0) {
-          row += to_float(static_cast<const Element*>(p_.down_bias)[expert * p_.hidden + column]);
+#pragma unroll
+        for (int k = 0; k < kPairs; ++k) {
+          const int expert = k < count ? slots_.expert_of[pair + k] : -1;
+          if (p_.down_bias != nullptr && expert >= 0) {
+            rows[k] += to_float(static_cast<const Element*>(p_.down_bias)[expert * p_.hidden + column]);
+          }
+          sum = expert < 0 ? sum : fmaf(weights_[pair + k], rows[k], sum);
         }
-        sum = expert < 0 ? sum : fmaf(weights_[pair], row, sum);
       }
       static_cast<Element*>(p_.out)[token * p_.hidden + column] = from_float<Element>(sum);
     }
@@ -129,6 +126,34 @@ class Down {
   int batches_;
 };
 
+// The routing weights: asked for early, in registers, and kept in shared memory later, so that nothing waits for them.
+template <int kThreads>
+class RoutingWeights {
+  static constexpr int kEach = ceil_div(kDecodeMaxPairs, kThreads);
+
+ public:
+  __device__ explicit RoutingWeights(const MoeDecodeParams& p) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int pair = threadIdx.x + i * kThreads;
+      const int token = pair / p.per_token();
+      const int k = pair - token * p.per_token();
+      values_[i] = pair < p.pairs() && k < p.choices ? __ldcg(p.weights + token * p.choices + k) : 1.0f;
+    }
+  }
+
+  __device__ void keep(const MoeDecodeParams& p, float* weights) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int pair = threadIdx.x + i * kThreads;
+      if (pair < p.pairs()) weights[pair] = values_[i];
+    }
+  }
+
+ private:
+  float values_[kEach];
+};
+
 template <typename Element, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps) down_kernel(const __grid_constant__ MoeDecodeParams p) {
   extern __shared__ __align__(16) char memory[];
@@ -136,7 +161,9 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps) down_kernel(const __
   int* demand = reinterpret_cast<int*>(&slots + 1);
   auto* weights = reinterpret_cast<float*>(demand + p.experts + p.shared);
   allow_next();
+  const RoutingWeights<32 * kWarps> routing_weights(p);
   find_slots<32 * kWarps>(p, slots, demand);
+  routing_weights.keep(p, weights);
   Down<Element, kWarps>(p, slots, weights, weights + p.pairs()).run();
 }
 

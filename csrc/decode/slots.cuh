@@ -6,8 +6,7 @@
 
 namespace ling::decode {
 
-constexpr int kDownColumns = 16;  // of the output, per block of the second half
-constexpr int kGroup = 8;         // pairs of an expert that pass by its weights together: the columns of one product
+constexpr int kGroup = 8;  // pairs of an expert that pass by its weights together: the columns of one product
 
 // A slot is one expert with up to `kGroup` of its pairs. In shared memory. In which order a slot has them does not
 // matter: a pair is a column of a product, and no column's result depends on another.

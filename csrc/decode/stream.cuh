@@ -50,13 +50,6 @@ __device__ inline uint4 load_vector(const void* address) {
 // Brings a line of memory into L2.
 __device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-// The same for `bytes`, a multiple of 16, by the copy engine.
-__device__ inline void prefetch_bulk([[maybe_unused]] const void* address, [[maybe_unused]] uint32_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
-#endif
-}
-
 template <typename Element>
 __device__ inline void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {
@@ -107,11 +100,17 @@ struct Weights {
 template <typename Element>
 struct Sums {
   float value[4];
+  float second[4];        // of every other product, added by `close`: a product waits for the one before in its sum
   const Element* vector;  // this thread's vector, number lane / 4, or null
 
   __device__ void clear() {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) value[i] = 0.0f;
+    for (int i = 0; i < 4; ++i) value[i] = second[i] = 0.0f;
+  }
+
+  __device__ void close() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] += second[i];
   }
 
   __device__ void add(const Weights& weights, Range range, int batch) {
@@ -127,40 +126,45 @@ struct Sums {
       const uint4 up = weights.upper[step];
       const uint4 low = weights.lower[step];
       multiply<Element>(value, up.x, low.x, up.y, low.y, v[step].x, v[step].y);
-      multiply<Element>(value, up.z, low.z, up.w, low.w, v[step].z, v[step].w);
+      multiply<Element>(second, up.z, low.z, up.w, low.w, v[step].z, v[step].w);
     }
   }
 };
 
-// Multiplies the units first, first + stride, ... below `end`, all of the same number of batches; one batch of weights
-// is always on its way. The task says where a unit's weights lie (`locate`), readies its vectors (`start`) and keeps
-// its sums (`finish`); `ready` runs once, after the first weights were asked for, and `all_requested` after the last.
+// Multiplies the units first, first + stride, ... below `end`, all of the same number of batches; two batches of
+// weights are on their way, the first two before anything else is waited for. The task says where a unit's weights lie
+// (`locate`) and which part of the contraction it is (`range_of`), readies its vectors (`start`) and keeps its sums
+// (`finish`); `ready` runs once, after the first weights were asked for.
 template <class Task, class SumsOfTask>
 __device__ inline void stream(Task& task, SumsOfTask& sums, int first, int end, int stride, int batches) {
+  auto strip = task.locate(min(first, max(end - 1, 0)));
+  int asked_unit = first;
+  int asked_batch = 0;
+  const auto ask = [&](Weights& weights) {
+    if (asked_unit >= end) return;
+    weights.load(strip, asked_batch);
+    if (++asked_batch < batches) return;
+    asked_batch = 0;
+    asked_unit += stride;
+    if (asked_unit < end) strip = task.locate(asked_unit);
+  };
+
   Weights current;
   Weights next;
-  auto strip = task.locate(min(first, max(end - 1, 0)));
-  if (first < end) current.load(strip, 0);
+  ask(current);
+  ask(next);
   task.ready();
   for (int unit = first; unit < end; unit += stride) {
-    const int successor = unit + stride;
-    auto following = strip;
-    if (successor < end) following = task.locate(successor);
+    const Range range = task.range_of(unit);
     task.start(unit);
     sums.clear();
     for (int batch = 0; batch < batches; ++batch) {
-      if (batch + 1 < batches) {
-        next.load(strip, batch + 1);
-      } else if (successor < end) {
-        next.load(following, 0);
-      } else {
-        task.all_requested();
-      }
-      sums.add(current, strip.range, batch);
+      sums.add(current, range, batch);
       current = next;
+      ask(next);
     }
+    sums.close();
     task.finish(unit);
-    strip = following;
   }
 }
 

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int64_t kAheadBytes = 4 << 20;  // of the second half's weights
 
 using Partial = float[kWarps][4][32];  // [warp][sum][lane]
 
@@ -53,22 +52,7 @@ class Up {
 
   __device__ void ready() const {}
 
-  // Memory would idle from here on until the second half's blocks stand and know their experts (about 2 us): what they
-  // want first goes to L2 meanwhile. Any more would only delay this half's last weights.
-  __device__ void all_requested() const {
-    if (threadIdx.x != 0) return;
-    const int groups = ceil_div(static_cast<int>(p_.hidden), kDownColumns);
-    const int64_t piece = kDownColumns * p_.inner * int64_t{sizeof(Element)};
-    const int pieces = static_cast<int>(min(kAheadBytes / piece, int64_t{groups} * shared_.slots.count));
-    for (int i = blockIdx.x; i < pieces; i += gridDim.x) {
-      const int64_t expert = shared_.slots.expert[i / groups];
-      const int row = i % groups * kDownColumns;
-      const int64_t rows = min(kDownColumns, static_cast<int>(p_.hidden) - row);
-      if (expert >= p_.experts) continue;  // a slice of the shared expert's: short rows, far apart
-      const Element* weights = static_cast<const Element*>(p_.down_proj) + (expert * p_.hidden + row) * p_.inner;
-      prefetch_bulk(weights, static_cast<uint32_t>(rows * p_.inner * int64_t{sizeof(Element)}));
-    }
-  }
+  __device__ Range range_of(int) const { return range_; }
 
   __device__ void start(int strip) {
     const int slot = place_of(strip).slot;

@@ -17,9 +17,9 @@ from ._backend import use_kernel
 #: Limits of the kernels. Pairs are those of the routed experts; a shared expert's come on top.
 MAX_TOKENS, MAX_PAIRS, MAX_EXPERTS = 64, 512, 4096
 MAX_PAIRS_WITH_SHARED = 640
-#: Tokens that an expert has on average up to which these kernels are at least as fast as the grouped
-#: products: at four by 3 % with 128 experts of Qwen3's size. (Eight tokens of an expert share a
-#: reading of its weights.)
+#: Tokens that an expert has on average up to which these kernels are at least as fast as the
+#: grouped products: at four by 3 % with 128 experts of Qwen3's size. (Eight tokens of one expert
+#: share a reading of its weights.)
 PAIRS_PER_EXPERT = 4
 
 
