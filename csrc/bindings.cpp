@@ -354,6 +354,7 @@ Tensor moe_decode(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tenso
   check_bias("down_bias", down_bias, x, experts, hidden);
   const int64_t shared = count_shared(x, inner, is_gated(code), shared_gate, shared_up, shared_down);
   expect(shared == 0 || (!up_bias && !down_bias), op, "takes no biases beside a shared expert");
+  expect(choices > 0 && hidden > 0 && inner > 0, op, "needs at least one choice and no empty layer");
   const int64_t pairs = tokens * (choices + shared);
   expect(pairs <= kDecodeMaxPairs && experts + shared <= kDecodeMaxExperts, op, "takes at most ", kDecodeMaxPairs,
          " pairs and ", kDecodeMaxExperts, " experts; got ", pairs, " and ", experts + shared);

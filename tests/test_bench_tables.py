@@ -71,3 +71,19 @@ def test_lora_beside_peft_compares_rows_of_the_same_size(tables):
 )
 def test_digits(tables, value, text):
     assert tables.digits(value) == text
+
+
+def test_a_prompt_by_the_extra_has_a_line_of_its_own(tables):
+    """Hand-made rows: 8192 tokens in 50 and in 40 ms."""
+    same = dict.fromkeys((field.name for field in dataclasses.fields(tables.Row)), None)
+    same |= {"bench": "generate", "what": "prefill", "T": 8192, "floor_ms": 20.0}
+    record = tables.Record({"rows": []})
+    record.rows = [
+        tables.Row(**(same | {"provider": provider, "ms": ms}))
+        for provider, ms in {"ling_ops": 50.0, "ling_ops[attention]": 40.0}.items()
+    ]
+    lines = tables.generate(record).splitlines()[2:]
+    assert [line.split("|")[1:3] for line in lines] == [
+        [" a prompt of 8192 tokens ", " **163,840** "],
+        [" a prompt of 8192 tokens, extra `attention` ", " **204,800** "],
+    ]

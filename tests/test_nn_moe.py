@@ -366,3 +366,22 @@ def test_bad_input(device):
         ValueError, match=r"token_mask: got torch.bool \(5,\), need torch.bool \(4,\)"
     ):
         layer(torch.zeros(4, H, device=device), token_mask=torch.ones(5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "name,change",
+    [
+        ("indices", lambda x, w, i: (x, w, i[:, 0])),
+        ("indices", lambda x, w, i: (x, w, i[None])),
+        ("indices", lambda x, w, i: (x, w, i.tolist())),
+        ("x", lambda x, w, i: (x[0], w, i)),
+        ("weights", lambda x, w, i: (x, w[:1], i)),
+    ],
+)
+def test_what_is_wrong_with_the_experts_input_is_named(name, change, device):
+    """A half-precision layer with shared experts, which could go along with few tokens."""
+    moe = MoE(64, 8, 2, 32, num_shared_experts=1, device=device, dtype=torch.bfloat16)
+    x, weights = torch.randn(5, 64, device=device).bfloat16(), torch.rand(5, 2, device=device)
+    indices = torch.zeros(5, 2, dtype=torch.int64, device=device)
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match=f"^{name} "):
+        moe.all_experts(*change(x, weights, indices))

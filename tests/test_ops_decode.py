@@ -137,13 +137,29 @@ def test_a_shared_expert_changes_no_token_by_the_batch(device: torch.device) -> 
 
 
 def test_which_shared_experts_go_along() -> None:
-    def takes(width: int, tokens: int = 64, k: int = 8, inner: int = 512) -> bool:
-        shared = _decode.SharedExpert(None, torch.empty(width, 0), torch.empty(0, width))
-        ids, down = torch.empty(tokens, k), torch.empty(256, 0, inner)
-        return _decode.takes_shared(shared, ids, down)
+    """The same for every number of tokens: nothing but the layer decides."""
 
-    assert takes(512) and takes(1024) and not takes(1536) and takes(1536, tokens=58)
+    def takes(width: int, k: int = 8, experts: int = 256, inner: int = 512) -> bool:
+        shared = _decode.SharedExpert(None, torch.empty(width, 0), torch.empty(0, width))
+        down = torch.empty(experts, 0, inner)
+        every = {_decode.takes_shared(shared, torch.empty(t, k), down) for t in (0, 1, 54, 64)}
+        assert len(every) == 1
+        return every.pop()
+
+    assert takes(512) and takes(1024) and not takes(1536)
+    assert takes(1536, experts=64) and takes(4608, k=1) and not takes(5120, k=1)
     assert not takes(256) and not takes(768) and not takes(0)
+    assert takes(512, experts=1899) and not takes(512, experts=1900)
+
+
+@pytest.mark.parametrize("experts,k,slices", [(1899, 1, 9), (1899, 8, 2), (16, 1, 9), (64, 2, 8)])
+def test_as_many_shared_experts_as_go_along(device: torch.device, experts, k, slices) -> None:
+    """The most shared memory: a wide layer of few choices, and all tokens."""
+    inner = 904 if device.type == "cuda" else 16
+    case = make_mlp(64, 16, inner, experts, k, dtype=torch.bfloat16, style="skewed").to(device)
+    gate, up = (torch.randn(slices * inner, 16, device=device).bfloat16() / 4 for _ in range(2))
+    down = torch.randn(16, slices * inner, device=device).bfloat16() / inner**0.5
+    check_shared(case, _decode.SharedExpert(gate, up, down))
 
 
 @pytest.mark.parametrize(

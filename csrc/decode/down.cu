@@ -12,9 +12,9 @@ constexpr int kBusyWarps = 8;
 
 // Into how many chunks an expert's contraction is cut: enough to occupy the warps for a single token. It depends on
 // the layer alone, so that a token's sums are cut alike in every batch and on every GPU.
-__host__ __device__ inline int chunks_for(int64_t inner, int choices) {
+__host__ __device__ inline int chunks_for(int64_t inner, int per_token) {
   const int steps = static_cast<int>(ceil_div<int64_t>(inner, kStepLength));
-  const int wanted = kBusyWarps / choices < 2 ? 2 : kBusyWarps / choices;
+  const int wanted = kBusyWarps / per_token < 2 ? 2 : kBusyWarps / per_token;
   const int most = ceil_div(steps, kBatch);
   return wanted < most ? wanted : most;
 }
@@ -27,7 +27,7 @@ class Down {
   // In shared memory: the routing weight of each pair, and y [pair][chunk][column].
   __device__ Down(const MoeDecodeParams& p, const Slots& slots, float* weights, float* y)
       : p_(p), slots_(slots), weights_(weights), y_(y) {
-    chunks_ = chunks_for(p.inner, p.choices);
+    chunks_ = chunks_for(p.inner, p.per_token());
     const int steps = ceil_div(static_cast<int>(p.inner), kStepLength);
     chunk_length_ = ceil_div(steps, chunks_) * kStepLength;
     batches_ = ceil_div(chunk_length_, kStepLength * kBatch);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps) down_kernel(const __
 
 template <typename Element, int kWarps>
 void launch(const MoeDecodeParams& p, unsigned blocks, cudaStream_t stream) {
-  const int floats = p.pairs() * (1 + kColumns * chunks_for(p.inner, p.choices));
+  const int floats = p.pairs() * (1 + kColumns * chunks_for(p.inner, p.per_token()));
   const size_t bytes = sizeof(Slots) + (p.experts + p.shared) * sizeof(int) + floats * sizeof(float);
   launch_block<down_kernel<Element, kWarps>>("moe_decode down", {blocks, 32 * kWarps, bytes, true}, stream, p);
 }

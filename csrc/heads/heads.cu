@@ -157,9 +157,9 @@ __device__ Item item_at(const HeadsParams& p, const Grid& grid, unsigned index) 
 }
 
 // The item's first octet among those of `projected`.
-__device__ inline unsigned source_of(const HeadsParams& p, const Item& item) {
+__device__ inline int64_t source_of(const HeadsParams& p, const Item& item) {
   const int before = item.kind == Kind::kQuery ? 0 : p.query_heads + (item.kind == Kind::kKey ? 0 : p.kv_heads);
-  const unsigned head = item.token * (p.query_heads + 2 * p.kv_heads) + before + item.head;
+  const int64_t head = int64_t{item.token} * (p.query_heads + 2 * p.kv_heads) + before + item.head;
   return head * (p.head_dim / kOctet);
 }
 
@@ -248,12 +248,12 @@ __global__ void __launch_bounds__(kThreads, kResident) heads_kernel(const HeadsP
   wait_for_previous();
 
   const T* projected = static_cast<const T*>(p.projected);
-  const unsigned source = source_of(p, item);
+  const int64_t source = source_of(p, item);
   Octet<T> own[kHeads];
   Octet<T> partner[kHeads];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-    const T* head = projected + (source + min(h, item.count - 1) * p.head_dim / kOctet) * size_t{kOctet};
+    const T* head = projected + (source + min(h, item.count - 1) * p.head_dim / kOctet) * kOctet;
     own[h] = load(head + turn.first);
     partner[h] = load_partners(head, turn);
   }

@@ -7,11 +7,12 @@ for, only each dtype, head size and number of queries per key.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 
 import torch
@@ -25,15 +26,20 @@ FEWEST_TOKENS = 4096
 #: With more sequences the library launches, and compiles, kernels that order them.
 MOST_SEQUENCES = 256
 _HOPPER = (9, 0)
-_TESTED = re.compile(r"4\.0\.\d+(b(3[6-9]|[4-9]\d|\d{3,}))?")
+#: Sizes of a head, and queries per key, with which it is tested.
+_HEAD_DIMS, _GROUPS = (64, 128), (1, 2, 4, 8, 16)
+_VERSION = re.compile(r"4\.0(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+.*)?")
 
 
-def runs_flash_attention_4(query: Tensor, sequences: int) -> bool:
+def runs_flash_attention_4(query: Tensor, kv_heads: int, sequences: int) -> bool:
     """Whether `flash_attention_4` takes a pass with ``query`` ``[N, heads, D]`` of ``sequences``.
 
     Never in `ling_ops.batch_invariant()`: other tokens would decide which kernel a token takes.
     """
-    if not pays(query.shape[0], sequences) or is_batch_invariant():
+    tokens, heads, head_dim = query.shape
+    if not pays(tokens, sequences) or is_batch_invariant():
+        return False
+    if head_dim not in _HEAD_DIMS or heads / kv_heads not in _GROUPS:
         return False
     if not query.is_cuda or torch.cuda.get_device_capability(query.device) != _HOPPER:
         return False
@@ -45,6 +51,22 @@ def pays(tokens: int, sequences: int) -> bool:
     return tokens >= FEWEST_TOKENS and sequences <= MOST_SEQUENCES
 
 
+_compiled: set[tuple] = set()
+
+
+@contextlib.contextmanager
+def _without_remarks(dtype: torch.dtype, query: torch.Size, key: torch.Size) -> Iterator[None]:
+    """Keeps back its compiler's remark on an argument of its own kernel, where it compiles one."""
+    compiled_for = dtype, query[1] // key[1], query[2]
+    if compiled_for in _compiled:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Argument aux_data ", category=UserWarning)
+        yield
+    _compiled.add(compiled_for)
+
+
 def flash_attention_4(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor, keys: Tensor
 ) -> Tensor:
@@ -54,7 +76,7 @@ def flash_attention_4(
     int32 say where each sequence's queries and keys begin, ``keys`` ``[B]`` int32 how many keys
     count.
     """
-    with torch.cuda.device(query.device):
+    with torch.cuda.device(query.device), _without_remarks(query.dtype, query.shape, key.shape):
         # without bounds on lengths: they would only decide which kernel is compiled
         return load()(
             query,
@@ -78,20 +100,29 @@ def load() -> Callable | None:
     except metadata.PackageNotFoundError:
         return None
     if not is_tried(version):
-        return None
+        return _none(f"flash-attn-4 {version} is not in the extra's range")
     try:
         function = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
     except Exception as error:  # also a RuntimeError: a driver too old for its compiler
-        reason = f"flash-attn-4 {version} does not load: {error}"
-        warnings.warn(
-            f"prompts take PyTorch's attention here: {reason}", FallbackWarning, stacklevel=2
-        )
-        return None
-    # its compiler's remark on an argument of its own kernel
-    warnings.filterwarnings("ignore", message="Argument aux_data ", category=UserWarning)
+        return _none(f"flash-attn-4 {version} does not load: {error}")
     return function
+
+
+def _none(reason: str) -> None:
+    message = f"prompts take PyTorch's attention here: {reason}"
+    warnings.warn(message, FallbackWarning, stacklevel=3)
 
 
 def is_tried(version: str) -> bool:
     """Whether ``version`` of flash-attn-4 is in the range that pyproject.toml names."""
-    return _TESTED.fullmatch(version) is not None
+    if _VERSION.fullmatch(version) is None:
+        return False
+    first = re.fullmatch(
+        r"4\.0(?:\.0)*(?:(a|b|rc)(\d+))?(?:\.post\d+)?(\.dev\d+)?(?:\+.*)?", version
+    )
+    if first is None:  # a release after the first
+        return True
+    stage, number, development = first[1], int(first[2] or 0), first[3]
+    if stage is None:
+        return development is None
+    return stage == "rc" or (stage == "b" and (number > 36 or (number == 36 and not development)))

@@ -201,7 +201,9 @@ class PackedModel:
         """Attention that reads each sequence's length on the device, and no more keys than that."""
         cache = self.cache
         keys, values = cache.keys[layer], cache.values[layer]
-        if span.sizes is not None and runs_flash_attention_4(query, cache.batch_size):
+        if span.sizes is not None and runs_flash_attention_4(
+            query, keys.shape[1], cache.batch_size
+        ):
             return flash_attention_4(query, keys, values, span.starts, cache.starts, span.keys)
         return torch.ops.aten._flash_attention_forward(
             query,

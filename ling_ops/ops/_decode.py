@@ -16,7 +16,8 @@ from ._backend import use_kernel
 
 #: Limits of the kernels. Pairs are those of the routed experts; a shared expert's come on top.
 MAX_TOKENS, MAX_PAIRS, MAX_EXPERTS = 64, 512, 4096
-MAX_PAIRS_WITH_SHARED = 640
+#: With shared experts more pairs, and fewer experts: the smallest GPUs' shared memory holds both.
+MAX_PAIRS_WITH_SHARED, MAX_EXPERTS_WITH_SHARED = 640, 1900
 #: Tokens that an expert has on average up to which these kernels are at least as fast as the
 #: grouped products: at four by 3 % with 128 experts of Qwen3's size. (Eight tokens of one expert
 #: share a reading of its weights.)
@@ -31,8 +32,8 @@ def batch_invariant() -> Iterator[None]:
     """One path for batches of all sizes in a block: `moe_mlp` without its kernels for few tokens.
 
     A token's result is then bitwise the same in every batch, with gradients or without; few tokens
-    take longer. The choice holds for the whole process, not for one thread; a CUDA graph keeps that
-    of its capture.
+    take longer. Generation keeps PyTorch's attention for all prompts. The choice holds for the
+    whole process, not for one thread; a CUDA graph keeps that of its capture.
     """
     global _one_path
     before, _one_path = _one_path, True
@@ -76,12 +77,14 @@ class SharedExpert(NamedTuple):
 
 
 def takes_shared(shared: SharedExpert, indices: Tensor, down_proj: Tensor) -> bool:
-    """Whether `moe_decode` can take `shared` along: as slices as wide as the routed experts."""
+    """Whether `moe_decode` can take `shared` along: as slices as wide as the routed experts.
+
+    A function of the layer alone, as `decode_limit` is."""
     slices, rest = divmod(shared.up.shape[0], down_proj.shape[2])
-    tokens, k = indices.shape
-    experts = down_proj.shape[0] + slices
-    pairs = tokens * (k + slices)
-    return rest == 0 and slices > 0 and experts <= MAX_EXPERTS and pairs <= MAX_PAIRS_WITH_SHARED
+    k, experts = indices.shape[1], down_proj.shape[0]
+    pairs = decode_limit(k, experts) * (k + slices)
+    fits = experts + slices <= MAX_EXPERTS_WITH_SHARED and pairs <= MAX_PAIRS_WITH_SHARED
+    return rest == 0 and slices > 0 and fits
 
 
 def moe_decode(

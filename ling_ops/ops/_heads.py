@@ -61,8 +61,8 @@ def _unsupported(projected: Tensor, caches: tuple[Tensor, ...]) -> str | None:
         return "the caches have another dtype than the heads"
     if projected.shape[2] % 8 or projected.shape[2] > MAX_HEAD_DIM:
         return f"heads do not have a multiple of 8 elements, at most {MAX_HEAD_DIM}"
-    if any(not cache.is_contiguous() or cache.data_ptr() % 16 for cache in caches):
-        return "the caches are not contiguous, or not on a boundary of 16 bytes"
+    if any(not cache.is_contiguous() for cache in caches):
+        return "the caches are not contiguous"
     return None
 
 

@@ -30,6 +30,8 @@ def decode_with_shared(
     """
     if torch.is_autocast_enabled(x.device.type):
         return None
+    if not all(isinstance(t, Tensor) and t.dim() == 2 for t in (x, indices)):
+        return None  # `moe_mlp` says what is wrong
     differentiable = (x, gate_up_proj, down_proj, weights, *shared)
     if (
         any(t is not None and t.dtype != x.dtype for t in shared)

@@ -5,7 +5,8 @@
 //   - every thread calls wait_for_previous() before it touches global memory. Then anything may lie in front, and
 //     only the start of the kernel is hidden; a kernel in front that calls allow_next() hides more of it.
 //   - a kernel touches what older kernels wrote and only then waits for the one in front. That one must call
-//     allow_next(), must itself have been launched without overlap, and nothing but it may lie between.
+//     allow_next(), must itself have been launched without overlap or have waited before that call, and nothing but it
+//     may lie between.
 #pragma once
 
 #include <cuda_runtime.h>
