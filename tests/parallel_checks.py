@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,21 @@ def capacity_by_rows_and_by_equal_splits(folder: Path) -> None:
             batches = tokens_of([9] * world())
             compare_with_one_rank(batches, capacity=factor, static=static)
     compare_with_one_rank(tokens_of([9] * world()), capacity=1.0, static=True, bias=True)
+
+
+@check
+def a_mesh_with_a_timeout(folder: Path) -> None:
+    """The same mesh, and none of its groups waits longer."""
+    timeout = timedelta(seconds=77)
+    for size in {1, 2, world()} & set(range(1, world() + 1)):
+        plain, mesh = parallel.expert_mesh(size), parallel.expert_mesh(size, timeout=timeout)
+        assert torch.equal(mesh.mesh, plain.mesh) and mesh.mesh_dim_names == plain.mesh_dim_names
+        for name in mesh.mesh_dim_names:
+            ours, theirs = mesh.get_group(name), plain.get_group(name)
+            ranks = distributed.get_process_group_ranks(ours)
+            assert ranks == distributed.get_process_group_ranks(theirs)
+            assert ours._get_backend(device()).options._timeout == timeout
+        parallel.parallelize(tiny(), mesh)(torch.zeros(1, 4, dtype=torch.int64, device=device()))
 
 
 @check

@@ -67,7 +67,7 @@ class Ranks:
 class TorchrunRanks(Ranks):
     """A run of several processes, each of which has a part of every batch and of the experts."""
 
-    def __init__(self, expert_parallel: int, device: torch.device) -> None:
+    def __init__(self, expert_parallel: int, device: torch.device, timeout: timedelta) -> None:
         from ling_ops import parallel
 
         self.parallel, self.device = parallel, device
@@ -77,7 +77,7 @@ class TorchrunRanks(Ranks):
             raise CommandError(
                 f"expert_parallel must divide the {self.size} processes, not {experts}", code=2
             )
-        self.mesh = parallel.expert_mesh(experts, device_type=device.type)
+        self.mesh = parallel.expert_mesh(experts, device_type=device.type, timeout=timeout)
 
     def describe(self) -> str:
         """One line for the reader of a run."""
@@ -166,12 +166,10 @@ def open_ranks(options: TrainOptions, device: torch.device) -> Iterator[Ranks]:
             f"batch_size must be a multiple of the {size} processes, not {options.batch_size}",
             code=2,
         )
-    distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=options.rank_timeout),
-    )
+    timeout = timedelta(seconds=options.rank_timeout)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield TorchrunRanks(options.expert_parallel, device)
+        yield TorchrunRanks(options.expert_parallel, device, timeout)
         _close()
     except distributed.DistError as error:
         raise _lost(error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,12 +17,19 @@ EXPERT = "expert"
 REPLICATE = "replicate"
 
 
-def expert_mesh(size: int | None = None, *, device_type: str | None = None) -> DeviceMesh:
+def expert_mesh(
+    size: int | None = None,
+    *,
+    device_type: str | None = None,
+    timeout: timedelta | None = None,
+) -> DeviceMesh:
     """A mesh of all ranks with dimensions ``("replicate", "expert")``.
 
     ``size``: how many ranks share a layer's experts, a divisor of the number of ranks; None: all.
     The ranks of a node are neighbours on "expert". ``device_type``: "cuda" or "cpu"; None: what
-    the default process group uses.
+    the default process group uses. ``timeout``: after which an exchange with a rank that does not
+    answer fails; None: PyTorch's (30 minutes, 10 with NCCL), whatever that of the default process
+    group is. Raises ValueError for a ``size`` that does not divide.
     """
     world = distributed.get_world_size()
     size = world if size is None else size
@@ -30,7 +38,14 @@ def expert_mesh(size: int | None = None, *, device_type: str | None = None) -> D
     if device_type is None:
         nccl = "nccl" in distributed.get_backend_config()
         device_type = "cuda" if nccl else "cpu"
-    return init_device_mesh(device_type, (world // size, size), mesh_dim_names=(REPLICATE, EXPERT))
+    names, ranks = (REPLICATE, EXPERT), torch.arange(world).view(world // size, size)
+    if timeout is None:
+        return init_device_mesh(device_type, tuple(ranks.shape), mesh_dim_names=names)
+    groups = [
+        distributed.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)[0]
+        for lines in (ranks.T, ranks)
+    ]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=names)
 
 
 def _expert_dimension(mesh: DeviceMesh) -> DeviceMesh:
