@@ -88,10 +88,14 @@ def test_a_version_that_was_not_tried_is_warned_of(fresh, monkeypatch):
 
 
 def needs_flash_attention_4(device: torch.device) -> None:
+    """Skip where it can't be: it is an extra, for one kind of GPU. Installed, it must load."""
     if torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("needs a Hopper GPU")
-    if backend.load() is None:
-        pytest.skip("needs flash-attn-4")
+        pytest.skip("needs a Hopper GPU: elsewhere it is not taken")
+    try:
+        metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs the extra attention")
+    assert backend.load() is not None, "flash-attn-4 is installed and not taken"
 
 
 def attend_in_fp64(query, key, value, sizes, room):

@@ -8,9 +8,10 @@ import warnings
 
 import pytest
 import torch
+from compiled import NO_FAULT, needs
 
 import ling_ops
-from ling_ops import FallbackWarning, backend_info, grouped_gemm, topk_gate, use_backend
+from ling_ops import FallbackWarning, _extension, backend_info, grouped_gemm, topk_gate, use_backend
 
 OPS = {"topk_gate", "route", "reroute", "capacity", "permute", "unpermute"}
 OPS |= {"grouped_gemm", "grouped_mm", "moe_mlp"}
@@ -96,3 +97,30 @@ def test_a_fallback_is_still_right(device: torch.device) -> None:
         out = grouped_gemm(a, b.bfloat16(), offsets)
     expected = torch.cat([a[:4] @ b[0].bfloat16().T, a[4:] @ b[1].bfloat16().T])
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    "reason,outcome",
+    [
+        ("no compiled kernels: this source tree was not built", pytest.skip.Exception),
+        ("switched off by LING_OPS_BINARY=none", pytest.skip.Exception),
+        ("the kernels were compiled for 90a-real; the device is sm_80", pytest.skip.Exception),
+        ("PyTorch sees no CUDA device", pytest.skip.Exception),
+        ("the compiled module is for another Python: found _C.cp312.so", pytest.fail.Exception),
+        ("use_backend('reference') is in force", pytest.fail.Exception),
+    ],
+)
+def test_a_kernel_that_should_be_there_is_not_skipped(reason, outcome, monkeypatch) -> None:
+    """What tests of kernels do without a kernel."""
+    state = {"ops": {"route": {"backend": "reference", "reason": reason}}}
+    monkeypatch.setattr(ling_ops, "backend_info", lambda: state)
+    with pytest.raises(outcome, match="route has no kernel here"):
+        needs("route")
+
+
+def test_the_reasons_to_skip_are_those_that_are_given(tmp_path) -> None:
+    not_built, other_gpu = (
+        _extension.absence_reason(tmp_path),
+        _extension.arch_reason("90a", (8, 0)),
+    )
+    assert not_built.startswith(NO_FAULT) and other_gpu.startswith(NO_FAULT)

@@ -28,8 +28,8 @@ def expert_mesh(
     ``size``: how many ranks share a layer's experts, a divisor of the number of ranks; None: all.
     The ranks of a node are neighbours on "expert". ``device_type``: "cuda" or "cpu"; None: what
     the default process group uses. ``timeout``: after which an exchange with a rank that does not
-    answer fails; None: PyTorch's (30 minutes, 10 with NCCL), whatever that of the default process
-    group is. Raises ValueError for a ``size`` that does not divide.
+    answer fails; None: PyTorch's, which is 30 minutes (10 with NCCL) in groups that it makes anew,
+    whatever the default process group has. Raises ValueError for a ``size`` that does not divide.
     """
     world = distributed.get_world_size()
     size = world if size is None else size
