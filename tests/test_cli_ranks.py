@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,17 +35,35 @@ ENDS_WITHIN_S = 60
 RANK_TIMEOUT_S = 10
 
 
-def torchrun(ranks: int, *arguments: object) -> list[str]:
+COMMAND = ("-m", "ling_ops.cli")
+
+
+def torchrun(ranks: int, *arguments: object, command: tuple[str, ...] = COMMAND) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    return [sys.executable, *map(str, [*launch, "-m", "ling_ops.cli", *arguments])]
+    return [sys.executable, *map(str, [*launch, *command, *arguments])]
 
 
-def run_ranks(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        torchrun(ranks, *arguments), capture_output=True, text=True, env=environment(),
-        timeout=240, check=False,
+#: The command, which says at its very end how many threads of gloo are left.
+COUNT_THREADS = """
+import atexit, pathlib, sys
+
+def count():
+    names = [task.read_text() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
+    print("threads left:", sum("gloo" in name for name in names), flush=True)
+
+atexit.register(count)
+from ling_ops.cli import main
+sys.exit(main())
+"""
+
+
+def run_ranks(
+    ranks: int, *arguments: object, command: tuple[str, ...] = COMMAND
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        torchrun(ranks, *arguments, command=command), capture_output=True, text=True,
+        env=environment(), timeout=240, check=False,
     )  # fmt: skip
-    return done
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -224,6 +243,18 @@ def test_a_folder_that_holds_a_run_is_refused_once(pair, text) -> None:
     assert done.returncode != 0
     assert done.stderr.count("ling-ops: error") == 1 and "already holds a run" in done.stderr
     assert "was lost" not in done.stderr and "SIGABRT" not in done.stderr
+
+
+def test_no_thread_outlives_the_exchanges(pair, text, tmp_path) -> None:
+    """One that lets go of a tensor while the interpreter ends would abort the process."""
+    script = tmp_path / "counted.py"
+    script.write_text(COUNT_THREADS)
+    arguments = ["--batch-size", 4, "--steps", 1, "--expert-parallel"]
+    for output, refused in ((tmp_path / "run", False), (pair[0], True)):
+        done = run_ranks(2, *train_arguments(text, output, *arguments), command=(str(script),))
+        assert (done.returncode != 0) == refused, done.stderr
+        counts = re.findall(r"threads left: (\d+)", done.stdout)
+        assert counts and set(counts) == {"0"}
 
 
 def test_sigterm_saves_and_ends_all_processes(text, tmp_path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -166,6 +168,9 @@ def open_ranks(options: TrainOptions, device: torch.device) -> Iterator[Ranks]:
             f"batch_size must be a multiple of the {size} processes, not {options.batch_size}",
             code=2,
         )
+    # Imported first: torch.distributed.nn keeps the group that is there when it is imported.
+    from ling_ops import parallel  # noqa: F401
+
     timeout = timedelta(seconds=options.rank_timeout)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
@@ -182,10 +187,12 @@ def open_ranks(options: TrainOptions, device: torch.device) -> Iterator[Ranks]:
 
 def _close() -> None:
     """End the exchanges of processes that are all here."""
-    # Gloo's threads let go of an exchange's tensors after it returned; one that does so while the
-    # interpreter ends aborts the process.
     distributed.barrier()
     distributed.destroy_process_group()
+    # Gloo's threads let go of an exchange's tensors after it returned; one that does so while the
+    # interpreter ends aborts the process. They end with the last reference to their group, which
+    # may be in a cycle: of a model, or of an error and its traceback.
+    atexit.register(gc.collect)
 
 
 def _lost(error: Exception) -> CommandError:
