@@ -1,4 +1,4 @@
-"""Grouped products: a layer's six products one by one, and grouped_mm's layouts."""
+"""Grouped products: up, down and both weight gradients of a layer, and grouped_mm's layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Tensor helpers for bindings.cpp, on PyTorch's stable ABI only. No other file includes this one.
+// Tensor helpers for bindings.cpp, on PyTorch's stable ABI only. Only bindings.cpp and its bindings_*.h include it.
 #pragma once
 
 #include <dlfcn.h>

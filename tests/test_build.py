@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -125,6 +126,28 @@ def test_pure_python_wheel(tmp_path: Path) -> None:
     assert {"ling_ops/__init__.py", "ling_ops/py.typed", "ling_ops/cli/__init__.py"} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cu"))]
     assert note == {"kernels": False, "reason": "installed with LING_OPS_CUDA=off"}
+
+
+def test_source_distribution_holds_all_that_a_build_and_the_tests_need(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone: there is no list of its files")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    files = {name for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+    source = tmp_path / "source"
+    for name in files:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run(
+        [sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=300
+    )
+    (made,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name for name in files - packed if not name.startswith(".")} == set()
 
 
 @pytest.fixture(scope="module")

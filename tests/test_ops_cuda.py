@@ -156,6 +156,39 @@ def test_two_threads(device: torch.device) -> None:
     assert not failures, failures
 
 
+def test_two_threads_whose_sizes_differ(device: torch.device) -> None:
+    """More than 48 KiB of shared memory each, of the same kernels, but not equally much."""
+    needs("moe_decode")
+
+    def decode(tokens: int) -> Callable[[], object]:
+        case = make_mlp(tokens, 64, 64, 256, 8, dtype=torch.bfloat16, seed=tokens).to(device)
+        return lambda: lo.moe_mlp(*case.tensors, **case.options)
+
+    def sort(experts: int) -> Callable[[], object]:
+        ids = torch.randint(experts, (64, 8), device=device)
+        return lambda: lo.route(ids, experts)
+
+    works = [(decode(64), sort(2000)), (decode(40), sort(1500))]
+    failures: list[BaseException] = []
+
+    def repeat(steps: tuple[Callable[[], object], ...]) -> None:
+        try:
+            with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(2000):
+                    for step in steps:
+                        step()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert not failures, failures
+
+
 @pytest.mark.parametrize("name", ["grouped_gemm", "grouped_gemm_dw"])
 def test_first_call_of_a_thread(device: torch.device, name: str) -> None:
     """A thread that never used CUDA, as autograd's are at their first node, has no context yet."""

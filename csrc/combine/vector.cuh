@@ -96,10 +96,10 @@ __device__ void store_streaming(Vector<T, N>* to, const Vector<T, N>& value) {
   }
 }
 
-// Zeroes rows [begin, end) with all blocks of the grid.
+// Zeroes rows [begin, end) with all blocks of the grid. `begin` is an offset from the caller, which may be wrong.
 template <typename T, int N>
 __device__ void zero_rows(void* base, int64_t begin, int64_t end, int64_t columns) {
-  for (int64_t row = begin + blockIdx.x; row < end; row += gridDim.x) {
+  for (int64_t row = max(begin, int64_t{0}) + blockIdx.x; row < end; row += gridDim.x) {
     for (int64_t c = threadIdx.x; c < columns; c += blockDim.x) row_of<T, N>(base, row, columns)[c] = zeros<T, N>();
   }
 }

@@ -22,12 +22,7 @@ void dispatch(const MoeDecodeParams& p, Body&& body) {
 
 template <auto kKernel>
 void launch_block(const char* name, const LaunchShape& shape, cudaStream_t stream, const MoeDecodeParams& p) {
-  constexpr size_t kFree = 48 << 10;  // what a kernel may have without asking
-  if (shape.shared_bytes > kFree) {
-    check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared_bytes)),
-          name);
-  }
+  allow_shared_memory<kKernel>(name, shape.shared_bytes);
   launch_kernel<kKernel>(name, shape, stream, p);
 }
 

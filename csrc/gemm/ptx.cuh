@@ -200,13 +200,6 @@ __device__ inline void store_shared(uint32_t address, float low, float high) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(low), "f"(high) : "memory");
 }
 
-// A 32-bit load that stays behind the barriers before it, which bounds how many are in flight in registers.
-__device__ inline uint32_t load_word(const void* address) {
-  uint32_t word;
-  asm volatile("ld.global.b32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
-  return word;
-}
-
 // 16 bytes from shared memory.
 __device__ inline uint4 load_shared_unit(uint32_t address) {
   uint4 unit;

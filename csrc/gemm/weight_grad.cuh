@@ -22,7 +22,7 @@ void launch_weight_grad(KernelParams<Epilogue<Config, Product<Config>>>& params,
                      checked_int(m_tiles, "columns"),
                      checked_int(n_tiles, "columns"),
                      kSweep,
-                     checked_int(2 * rows / experts, "rows")};
+                     checked_int(std::min(2 * rows / experts, rows), "rows")};
   params.extents = {checked_int(m, "columns"), checked_int(n, "columns")};
   checked_int(experts * m_tiles * n_tiles, "the number of tiles");
   launch_kernel<Config, Product, Epilogue>(params, experts * m_tiles * n_tiles, stream);

@@ -16,7 +16,6 @@ namespace {
 constexpr int kRounds = 4;  // pairs per thread and tile
 constexpr int kMaxBlocks = 128;
 constexpr int64_t kMaxTable = 1 << 17;  // entries of the chunk demand table that each block reads
-constexpr size_t kSharedLimit = 48 * 1024;
 
 struct Plan {
   int warps;  // of a scatter block
@@ -307,11 +306,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scatter_kernel(const RoutePara
 template <typename Count, int kWarps>
 void launch(const RouteParams& p, const Plan& plan, cudaStream_t stream) {
   const size_t bytes = Scatter<kWarps>::bytes(p.experts);
-  if (bytes > kSharedLimit) {
-    check(cudaFuncSetAttribute(scatter_kernel<Count, kWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
-          "route: shared memory");
-  }
+  allow_shared_memory<scatter_kernel<Count, kWarps>>("route: shared memory", bytes);
   const auto blocks = static_cast<unsigned>(plan.blocks);
   if (plan.blocks > 1) {
     launch_kernel<count_kernel<Count>>("route: count", {blocks, 1024, p.experts * sizeof(int)}, stream, p, plan.chunk);

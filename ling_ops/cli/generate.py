@@ -23,10 +23,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--adapter", metavar="DIR", help="LoRA adapters in PEFT's format to add to the weights"
     )
     parser.add_argument("--prompt", default="", help="text to continue (default: a new text)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
     parser.add_argument("--top-p", type=float, default=0.95, help="default: 0.95")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "fp32", "bf16"),

@@ -36,17 +36,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--keep", type=float, required=True, metavar="X", help="share to keep")
     parser.add_argument(
         "--by", default="usage", choices=CRITERIA,
-        help="tokens that chose the expert, their gate weights, or the norm of what it added",
+        help="tokens that chose the expert, their gate weights, or the norm of what it added; "
+        "default: usage",
     )  # fmt: skip
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="PATH",
         help="text files or folders; default: the sources of Python's standard library",
     )  # fmt: skip
     parser.add_argument(
-        "--tokens", type=int, default=65536, metavar="N", help="tokens to measure, at most"
+        "--tokens",
+        type=int,
+        default=65536,
+        metavar="N",
+        help="tokens to measure, at most (default: 65536)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N")
-    parser.add_argument("--sequence-length", type=int, default=256, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument(
+        "--sequence-length", type=int, default=256, metavar="N", help="default: 256"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--dtype", default="checkpoint", choices=("checkpoint", "fp32", "bf16"),

@@ -27,6 +27,7 @@ class Error : public std::runtime_error {
 inline void check(cudaError_t status, const char* what = "CUDA call", const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next check_launch() would report this failure again
   throw Error(std::string(what) + " failed: " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status), file,
               line);
 }

@@ -48,6 +48,19 @@ bool has_sm90_code() {
   return answer == 2;
 }
 
+// Lets a kernel without static shared memory have more than the 48 KiB that need no asking: all that the device gives,
+// since a limit of this call's size could be lowered by another thread's call before the launch.
+template <auto kKernel>
+void allow_shared_memory(const char* name, size_t bytes) {
+  constexpr size_t kFree = 48 << 10;
+  if (bytes <= kFree) return;
+  int device = 0;
+  int most = 0;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+}
+
 struct LaunchShape {
   unsigned blocks;
   unsigned threads;
