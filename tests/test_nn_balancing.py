@@ -125,7 +125,11 @@ def _rank(rank: int, store: str, results) -> None:
     model(batch(torch.device("cpu"), rank))
     counts = [layer.expert_counts for layer in moe_modules(model)]
     update_expert_biases(model, rate=0.01)
-    results[rank] = (counts, [layer.gate.expert_bias for layer in moe_modules(model)])
+    results[rank] = (counts, [layer.gate.expert_bias.clone() for layer in moe_modules(model)])
+    if rank == 0:  # the other rank has nothing to compute in this step
+        model(batch(torch.device("cpu"), 2))
+    update_expert_biases(model, rate=0.01)
+    results[f"idle {rank}"] = [layer.gate.expert_bias for layer in moe_modules(model)]
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -138,8 +142,11 @@ def test_loads_are_summed_over_ranks(tmp_path):
         arguments = (str(tmp_path / "store"), results)
         torch.multiprocessing.spawn(_rank, arguments, nprocs=2, join=True)
         (counts_0, bias_0), (counts_1, bias_1) = results[0], results[1]
+        idle = results["idle 0"], results["idle 1"]
     for mine, theirs, first, second in zip(counts_0, counts_1, bias_0, bias_1, strict=True):
         total = (mine + theirs).float()
         sign = torch.sign(total.mean() - total)
         torch.testing.assert_close(first, 0.01 * (sign - sign.mean()))
         assert torch.equal(first, second)
+    for before, first, second in zip(bias_0, *idle, strict=True):
+        assert torch.equal(first, second) and not torch.equal(first, before)

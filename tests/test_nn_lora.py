@@ -47,6 +47,16 @@ def redraw(model: torch.nn.Module) -> None:
         torch.nn.init.normal_(adapter.b, std=0.2)
 
 
+def test_the_adapted_weight_of_a_narrower_adapter_is_what_the_forward_applies():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24, bias=False))
+    add_lora(model, r=2, targets=["0"], dtype=torch.bfloat16)
+    redraw(model)
+    x = torch.randn(5, 16)
+    weight = model[0].adapted_weight()
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(model(x), x @ weight.T)
+
+
 @pytest.mark.parametrize("targets", TARGETS)
 def test_a_merged_model_gives_the_same_logits(targets):
     model = make()

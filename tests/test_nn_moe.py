@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from ling_ops import CapacityPolicy
 from ling_ops.nn import MLP, Experts, MoE
@@ -98,6 +99,26 @@ def test_adding_the_shared_experts_in_place_changes_no_gradient(bias, device):
     ):
         torch.testing.assert_close(found[name], grad)
     torch.testing.assert_close(out, seen[0] + layer.shared_experts(x))
+
+
+@pytest.mark.parametrize("register", ["full_backward_hook", "full_backward_pre_hook"])
+def test_backward_hooks_of_every_part_run(register, device):
+    layer, seen = make(device, num_shared_experts=1), []
+    shared = layer.shared_experts
+    for part in (layer.experts, shared, shared.up_proj, shared.down_proj):
+        getattr(part, f"register_{register}")(lambda module, *_: seen.append(module))
+    layer(torch.randn(5, H, device=device, requires_grad=True)).sum().backward()
+    assert set(seen) == {layer.experts, shared, shared.up_proj, shared.down_proj}
+
+
+def test_hooks_of_all_modules_run(device):
+    layer, seen = make(device, num_shared_experts=1), []
+    hook = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        layer(torch.randn(5, H, device=device))
+    finally:
+        hook.remove()
+    assert set(layer.modules()) - set(seen) <= {layer.capacity}
 
 
 def test_a_forward_set_on_the_shared_experts_runs(device):
@@ -305,7 +326,10 @@ def test_meta_device_and_materialisation(device):
         capacity=CapacityPolicy.dynamic(mode="running"), device="meta",
     )  # fmt: skip
     assert all(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
-    assert MoE(H, E, K, I, device="meta")(torch.empty(4, H, device="meta")).shape == (4, H)
+    for shared in (0, 1):
+        plain = MoE(H, E, K, I, num_shared_experts=shared, device="meta")
+        for training in (True, False):
+            assert plain.train(training)(torch.empty(4, H, device="meta")).shape == (4, H)
     layer.to_empty(device=device).reset_parameters()
     assert layer(torch.randn(4, H, device=device)).isfinite().all()
     assert layer.gate.expert_bias.eq(0).all() and layer.stats()["drop_rate"] == 0

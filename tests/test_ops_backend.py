@@ -12,6 +12,7 @@ from compiled import NO_FAULT, needs
 
 import ling_ops
 from ling_ops import FallbackWarning, _extension, backend_info, grouped_gemm, topk_gate, use_backend
+from ling_ops.ops import _backend, _decode
 
 OPS = {"topk_gate", "route", "reroute", "capacity", "permute", "unpermute"}
 OPS |= {"grouped_gemm", "grouped_mm", "moe_mlp"}
@@ -40,6 +41,23 @@ def test_use_backend_nests_and_survives_errors() -> None:
         assert backends() != before
         raise RuntimeError
     assert backends() == before
+
+
+@pytest.mark.parametrize(
+    "block,holds",
+    [(lambda: use_backend("reference"), lambda: _backend._chosen == "reference"),
+     (ling_ops.batch_invariant, _decode.is_batch_invariant)],
+)  # fmt: skip
+def test_blocks_of_two_threads_may_end_in_any_order(block, holds) -> None:
+    """What a block promises holds until its end, and no longer than the last one."""
+    first, second = block(), block()
+    assert not holds()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert holds()
+    second.__exit__(None, None, None)
+    assert not holds()
 
 
 def test_the_reference_gives_the_same_result_on_a_cpu() -> None:

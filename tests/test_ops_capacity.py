@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -39,14 +40,14 @@ def test_dropless_has_no_capacity(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     "factor,pairs,experts,expected",
-    [(1.25, 64, 8, 10), (1.0, 10, 4, 3), (1.5, 7, 2, 6), (1.0, 0, 4, 0)],
+    [(1.25, 64, 8, 10), (1.0, 10, 4, 3), (1.5, 7, 2, 6), (1.0, 0, 4, 0), (1.1, 400, 8, 55)],
 )
 def test_fixed(
     device: torch.device, factor: float, pairs: int, experts: int, expected: int
 ) -> None:
     counts = torch.ones(experts, dtype=torch.int32, device=device)
     assert CapacityPolicy.fixed(factor).capacity(counts, pairs, experts) == expected
-    assert expected == math.ceil(factor * pairs / experts)
+    assert expected == math.ceil(Fraction(str(factor)) * pairs / experts)
 
 
 @given(
@@ -121,6 +122,14 @@ def test_running_window_is_in_the_state_dict(device: torch.device) -> None:
     other.load_state_dict(policy.state_dict())
     counts = torch.zeros(2, device=device)
     assert torch.equal(other.capacity(counts, 100, 2), policy.capacity(counts, 100, 2))
+
+
+def test_the_window_keeps_its_precision_in_another_dtype(device: torch.device) -> None:
+    counts = torch.tensor([1011, 1000, 990, 999], dtype=torch.int32, device=device)
+    policy = CapacityPolicy.dynamic(0.0, mode="running", margin=0.0).to(device)
+    policy.update(counts)
+    wanted = int(policy.capacity(counts, 4000, 4))
+    assert int(policy.bfloat16().capacity(counts, 4000, 4)) == wanted >= 1011
 
 
 def test_stateless_policies_have_no_state() -> None:

@@ -312,6 +312,27 @@ def test_main_grads_accumulate(device: torch.device, dtype: torch.dtype) -> None
     assert_within(half, exact["x"], naive=naive["x"], roundings=BACKWARD_ROUNDINGS, name="x")
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_main_grads_stay_out_of_a_kept_graph(device: torch.device) -> None:
+    case = make_mlp(6, 16, 8, 4, 2, dtype=torch.float32).to(device)
+    case.gate_up.requires_grad_(), case.down.requires_grad_()
+    main = tuple(torch.zeros_like(t) for t in (case.gate_up.detach(), case.down.detach()))
+    run(case, main_grads=main).square().sum().backward(create_graph=True)
+    assert all(t.grad_fn is None and t.abs().sum() > 0 for t in main)
+
+
+def test_an_unused_expert_s_bias_gets_no_gradient(device: torch.device) -> None:
+    """Rows that belong to no expert lie behind the last one's, whose bias here has no slope."""
+    case = make_mlp(3, 16, 8, 3, 1, dtype=torch.float32, activation="gelu_tanh", bias=True)
+    case = case.to(device)
+    case.indices.copy_(torch.tensor([[0], [-1], [1]]))
+    bias = case.options["gate_up_bias"]
+    bias[2] = torch.inf
+    bias.requires_grad_()
+    run(case).sum().backward()
+    assert torch.equal(bias.grad[2], torch.zeros_like(bias.grad[2]))
+
+
 # --- fused_experts -------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name,ours",

@@ -109,6 +109,16 @@ def test_renormalised_weights_keep_their_factor(device: torch.device) -> None:
     assert new_weights[1].tolist() == pytest.approx([2 * 0.2 / 0.8, 2 * 0.3 / 0.8])
 
 
+def test_tokens_that_keep_their_experts_hand_no_gradient_to_tiny_scores(device) -> None:
+    scores = torch.full((4, 4), 1e-20, device=device, requires_grad=True)
+    weights = torch.full((4, 2), 0.5, device=device, requires_grad=True)
+    indices = torch.tensor([[0, 1]] * 4, dtype=torch.int32, device=device)
+    new_weights, _ = reroute(scores, weights, indices, capacity=4)
+    new_weights.sum().backward()
+    assert torch.equal(scores.grad, torch.zeros_like(scores))
+    assert torch.equal(weights.grad, torch.ones_like(weights))
+
+
 def test_ids_out_of_range_stay(device: torch.device) -> None:
     scores = torch.rand(3, 4, device=device)
     indices = torch.tensor([[-1], [4], [0]], device=device)

@@ -50,13 +50,20 @@ def update_expert_biases(
     cleared. Needs no host synchronisation.
     """
     accumulate_expert_counts(model)
-    layers = [layer for layer in moe_modules(model) if layer.expert_load is not None]
+    layers = moe_modules(model)
+    # Layers without a load take part too: another rank's may have one.
     biased = [layer for layer in layers if layer.gate.expert_bias is not None]
-    loads = _summed_over_ranks([layer.expert_load for layer in biased], group)
+    loads = _summed_over_ranks([_load(layer) for layer in biased], group)
     for layer, load in zip(biased, loads, strict=True):
         ops.update_expert_bias(layer.gate.expert_bias, load, rate=rate)
     for layer in layers:
         layer.expert_load = None
+
+
+def _load(layer: MoE) -> torch.Tensor:
+    if layer.expert_load is not None:
+        return layer.expert_load
+    return torch.zeros_like(layer.gate.expert_bias, dtype=torch.int64)
 
 
 def _summed_over_ranks(

@@ -100,7 +100,9 @@ class LoRALinear(nn.Linear):
         lora = self.lora
         if lora.merged:
             return self.weight
-        return torch.addmm(self.weight.to(lora.a.dtype), lora.b, lora.a, alpha=lora.scale)
+        dtype = torch.promote_types(self.weight.dtype, lora.a.dtype)
+        weight, a, b = (tensor.to(dtype) for tensor in (self.weight, lora.a, lora.b))
+        return torch.addmm(weight, b, a, alpha=lora.scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out, lora = super().forward(x), self.lora

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
+from ling_ops.ops._autocast import is_autocast
 from ling_ops.ops._decode import SharedExpert
 
 from ._common import check_activation, check_positive, init_normal
@@ -66,8 +68,12 @@ class MLP(nn.Module):
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether something watches or changes what goes into these modules or comes out of them:
     a hook, or a forward that was set on the module itself, as accelerate does."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return _has_any_global_hook() or any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
         for module in modules
     )
 
@@ -89,7 +95,7 @@ def shared_weights(mlp: nn.Module) -> SharedExpert | None:
 def add_linear_(x: torch.Tensor, linear: nn.Module, a: torch.Tensor) -> None:
     """x += linear(a), in the product's own launch where the layer is a plain one."""
     plain = type(linear) is nn.Linear and linear.bias is None and linear.weight.dtype == x.dtype
-    if plain and not is_hooked(linear) and not torch.is_autocast_enabled(x.device.type):
+    if plain and not is_hooked(linear) and not is_autocast(x.device.type):
         x.addmm_(a, linear.weight.t())
     else:
         x.add_(linear(a))

@@ -64,6 +64,10 @@ class MoE(nn.Module):
             raise ValueError(
                 f"capacity_priority: got {capacity_priority!r}, need one of {PRIORITIES}"
             )
+        if capacity is not None and not isinstance(capacity, ops.CapacityPolicy):
+            raise TypeError(
+                f"capacity: got {type(capacity).__name__}, need a CapacityPolicy or None"
+            )
         for name, value in (
             ("num_shared_experts", num_shared_experts),
             ("reroute_rounds", reroute_rounds),

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 
+def is_autocast(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; PyTorch can't be asked about "meta"."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype if autocast is on for their device; float64 stays."""
     kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if not is_autocast(kind):
         return tensors
     target = torch.get_autocast_dtype(kind)
     return tuple(

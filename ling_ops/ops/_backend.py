@@ -32,6 +32,7 @@ KERNELS: dict[str, str] = {
 }
 _BACKENDS = ("auto", "reference")
 _chosen = "auto"
+_blocks: list[str] = []  # of `use_backend` that are being run, the latest last
 _warned: set[tuple[str, str]] = set()
 
 
@@ -48,11 +49,14 @@ def use_backend(name: str) -> Iterator[None]:
     global _chosen
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
-    before, _chosen = _chosen, name
+    # Blocks of several threads need not end in the order in which they began.
+    _blocks.append(name)
+    _chosen = name
     try:
         yield
     finally:
-        _chosen = before
+        del _blocks[len(_blocks) - 1 - _blocks[::-1].index(name)]  # the last one of this name
+        _chosen = _blocks[-1] if _blocks else "auto"
 
 
 @cache

@@ -58,12 +58,20 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def number(name: str, value: Any) -> None:
+    is_number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    if not is_number or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def positive(name: str, value: float) -> None:
+    number(name, value)
     if not value > 0:
         raise ValueError(f"{name} must be greater than 0, got {value}")
 
 
 def finite(name: str, value: float) -> None:
+    number(name, value)
     if not (value == value and abs(value) != float("inf")):
         raise ValueError(f"{name} must be finite, got {value}")
 

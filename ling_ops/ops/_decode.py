@@ -25,6 +25,7 @@ PAIRS_PER_EXPERT = 4
 
 
 _one_path = False
+_blocks: list[None] = []  # one for each block of `batch_invariant` that is being run
 
 
 @contextmanager
@@ -36,11 +37,14 @@ def batch_invariant() -> Iterator[None]:
     whole process, not for one thread; a CUDA graph keeps that of its capture.
     """
     global _one_path
-    before, _one_path = _one_path, True
+    # Blocks of several threads need not end in the order in which they began.
+    _blocks.append(None)
+    _one_path = True
     try:
         yield
     finally:
-        _one_path = before
+        _blocks.pop()
+        _one_path = bool(_blocks)
 
 
 def is_batch_invariant() -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..reference.route import Routing
+from ._autocast import is_autocast
 from ._decode import SharedExpert, moe_decode, runs_decode, takes_shared
 from .gemm import tensor_core_unsupported
 from .moe_mlp import check_layer
@@ -28,10 +28,10 @@ def decode_with_shared(
 
     The arguments are `moe_mlp`'s; no biases. `shared.up` is [S,H] with S a multiple of I.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        return None
     if not all(isinstance(t, Tensor) and t.dim() == 2 for t in (x, indices)):
         return None  # `moe_mlp` says what is wrong
+    if is_autocast(x.device.type):
+        return None
     differentiable = (x, gate_up_proj, down_proj, weights, *shared)
     if (
         any(t is not None and t.dtype != x.dtype for t in shared)

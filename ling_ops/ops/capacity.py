@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ MAX_KERNEL_WINDOW = 1024
 
 def _dynamic_capacity(expert_counts: Tensor, target_drop_rate: float) -> Tensor:
     """C* of the demand, an int32 tensor [1]."""
+    _checks.shape("expert_counts", expert_counts, (None,), "[E] or [R*E]")
     unsupported = None
     if expert_counts.dtype not in _checks.IDS:
         unsupported = "the counts are neither int32 nor int64"
@@ -71,6 +73,8 @@ class CapacityPolicy(nn.Module):
         if not max_factor >= 1:
             raise ValueError(f"max_factor must be at least 1, got {max_factor}")
         self.kind, self.factor, self.mode = kind, factor, mode
+        # In integers: 1.1 * 50 is 55.000000000000007 in floats, whose ceiling is 56.
+        self._ratio = Fraction(str(factor)).limit_denominator(10**6).as_integer_ratio()
         self.target_drop_rate, self.quantile = target_drop_rate, quantile
         self.margin, self.max_factor = margin, max_factor
         if kind == "dynamic" and mode == "running":
@@ -103,7 +107,8 @@ class CapacityPolicy(nn.Module):
         mode "batch": C* of this batch's own demand. mode "running": from past steps only, so
         that buffers can be sized ahead: C = ceil(c * T*K/E), c = clip((1 + margin) *
         quantile(C* / mu over the last `window` steps), 1, max_factor), mu = T*K/E; `max_factor`
-        before the first step.
+        before the first step. (In the window mu is the step's mean demand: where tokens are
+        masked, C is larger than it needs to be.)
         """
         return cls(
             "dynamic",
@@ -136,17 +141,27 @@ class CapacityPolicy(nn.Module):
         if self.kind == "dropless":
             return None
         if self.kind == "fixed":
-            return math.ceil(self.factor * mean)
+            above, below = self._ratio
+            return -(-above * num_pairs // (below * num_experts))
         if self.mode == "batch":
             return _dynamic_capacity(expert_counts, self.target_drop_rate)
         rule = (self.quantile, self.margin, self.max_factor)
         return _running_capacity(self.window, self.steps, mean, *rule)
 
+    def _apply(self, fn, recurse: bool = True):
+        # Module.to(dtype) would round the window to a dtype in which C can be a row too small.
+        before = self._buffers.get("window")
+        super()._apply(fn, recurse)
+        if before is not None and self.window.dtype != before.dtype:
+            self.window = before.to(device=self.window.device)
+        return self
+
     @torch.no_grad()
     def update(self, expert_counts: Tensor) -> None:
         """Put a step's demand into the window (mode "running"; nothing otherwise).
 
-        Call it once per optimizer step, so that recomputed forwards don't count twice.
+        Call it once per batch and after its backward, so that recomputed forwards don't count
+        twice. `expert_counts` as in `capacity`.
         """
         if self.kind != "dynamic" or self.mode != "running":
             return

@@ -210,13 +210,25 @@ _VLLM_ACTIVATIONS = {
 }
 
 
+def _check_expert_map(expert_map: Tensor | None, global_num_experts: int, ids: Tensor) -> None:
+    if expert_map is None:
+        return
+    _checks.shape("expert_map", expert_map, (None,), "[global experts]")
+    _checks.dtype("expert_map", expert_map, _checks.IDS)
+    _checks.same_device("expert_map", expert_map, "topk_ids", ids)
+    if expert_map.shape[0] == 0:
+        raise ValueError("expert_map must hold at least one expert, got shape [0]")
+    if global_num_experts not in (-1, expert_map.shape[0]):
+        raise ValueError(
+            f"global_num_experts must be -1 or the size of expert_map ({expert_map.shape[0]}), "
+            f"got {global_num_experts}"
+        )
+
+
 def _local_ids(topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:
     """Ids of this rank's experts; -1 where another rank holds the expert or the id is bad."""
     if expert_map is None:
         return topk_ids
-    _checks.shape("expert_map", expert_map, (None,), "[global experts]")
-    _checks.dtype("expert_map", expert_map, _checks.IDS)
-    _checks.same_device("expert_map", expert_map, "topk_ids", topk_ids)
     valid = (topk_ids >= 0) & (topk_ids < expert_map.shape[0])
     mapped = expert_map[topk_ids.clamp(0, expert_map.shape[0] - 1).long()]
     return torch.where(valid, mapped, -1).to(topk_ids.dtype)
@@ -254,7 +266,7 @@ def fused_experts(
         w1_bias, w2_bias: [E, 2I] and [E, H], or None.
 
     Returns:
-        [T, H] in hidden_states' dtype.
+        [T, H] in hidden_states' dtype (autocast's dtype under autocast, unless `inplace`).
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
@@ -262,11 +274,8 @@ def fused_experts(
     _checks.choice("activation", activation, tuple(_VLLM_ACTIVATIONS))
     _checks.shape("hidden_states", hidden_states, (None, None), "[T, H]")
     _checks.ids("topk_ids", topk_ids, hidden_states.shape[0])
-    if expert_map is not None and global_num_experts not in (-1, expert_map.shape[0]):
-        raise ValueError(
-            f"global_num_experts must be -1 or the size of expert_map ({expert_map.shape[0]}), "
-            f"got {global_num_experts}"
-        )
+    _checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape), "[T, K]")
+    _check_expert_map(expert_map, global_num_experts, topk_ids)
     x = hidden_states
     if apply_router_weight_on_input:
         if topk_ids.shape[1] != 1:

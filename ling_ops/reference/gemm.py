@@ -85,8 +85,6 @@ grouped_gemm_dw.register_autograd(_dw_backward, setup_context=_save)
 
 
 def row_experts(offsets: Tensor, num_rows: int) -> Tensor:
-    """Expert of each row, int64 [num_rows]; the last expert for rows past the end."""
+    """Expert of each row, int64 [num_rows]; E for rows past the end."""
     position = torch.arange(num_rows, device=offsets.device, dtype=offsets.dtype)
-    return torch.searchsorted(offsets[1:].contiguous(), position, right=True).clamp(
-        max=max(0, offsets.shape[0] - 2)
-    )
+    return torch.searchsorted(offsets[1:].contiguous(), position, right=True)

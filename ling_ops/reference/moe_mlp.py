@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import ACTIVATIONS, activate, activation_backward
@@ -39,15 +40,17 @@ class _AddToMainGrad(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         ctx.buffer.add_(grad)
         return None, None
 
 
 def _with_bias(rows: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """Add each row's expert's bias [E,N]; rows past the end may hold anything afterwards."""
+    """Add each row's expert's bias [E,N]; rows past the end stay zero, so that their slopes do."""
     if bias is None:
         return rows
+    bias = F.pad(bias, (0, 0, 0, 1))
     return (rows + bias[row_experts(offsets, rows.shape[0])]).to(rows.dtype)
 
 

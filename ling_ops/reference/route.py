@@ -145,7 +145,9 @@ def moved_weights(
     valid = old < num_experts
     old_scores = torch.where(valid, scores.gather(1, old.clamp(max=num_experts - 1)), 0.0)
     total = _sum_in_order(torch.where(valid, upcast(weights), 0.0))
-    factor = total / (_sum_in_order(old_scores) + RENORMALIZE_EPSILON)
+    old_total = _sum_in_order(old_scores) + RENORMALIZE_EPSILON
+    # Where nothing moved the quotient is of no use, and its slope can pass fp32's range: 0 * inf.
+    factor = total / torch.where(moved.any(1, keepdim=True), old_total, 1.0)
     new_scores = scores.gather(1, torch.where(moved, new_ids.long(), 0))
     return torch.where(moved, (new_scores * factor).to(weights.dtype), weights)
 
