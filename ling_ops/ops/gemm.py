@@ -155,7 +155,8 @@ def grouped_mm(
         out_dtype: dtype of the result; None or the dtype of the inputs.
 
     Returns:
-        2d x 3d: [M, N], rows past offs[-1] zero. 3d x 2d: [M, N], columns past offs[-1] zero.
+        2d x 3d: [M, N], rows past offs[-1] zero. 3d x 2d: [M, N] in column order (strides
+        [1, M]), columns past offs[-1] zero.
         2d x 2d: [E, M, N], empty groups zero. 3d x 3d: [E, M, N].
 
     Raises:
