@@ -222,6 +222,10 @@ GATES = {
     "scaled by its module": (
         halves(lambda self, g, u: F.silu(g) * u * self.factor), {"factor": 0.5}, (None, None),
     ),
+    "an attribute with a default": (
+        halves(lambda self, g, u: F.silu(g) * u * getattr(self, "alpha", 1.0)), {"alpha": 1.7},
+        (None, None),
+    ),
     "limit in a tensor": (clamped_after, {"limit": torch.tensor(0.4)}, (None, None)),
 }  # fmt: skip
 
@@ -293,6 +297,36 @@ def test_an_unknown_class_is_not_taken_for_its_default(device):
     found = integration._recognize(experts)
     assert found.name is None and "Stateful" in found.reason
     compare(experts, *(t.to(device) for t in inputs(experts, torch.float32, torch.float32)))
+
+
+def halve(experts: nn.Module) -> None:
+    act = experts.act_fn
+    act.forward = lambda x: 0.5 * type(act).forward(act, x)
+
+
+CHANGES = {
+    "a hook": lambda experts: experts.act_fn.register_forward_hook(lambda *a: 0.5 * a[2]),
+    "a backward hook": lambda experts: experts.act_fn.register_full_backward_hook(
+        lambda module, grads, _: tuple(0.5 * grad for grad in grads)
+    ),
+    "a forward": halve,
+    "a gate": lambda experts: setattr(
+        experts, "_apply_gate", lambda h: torch.tanh(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ling_ops.ops._backend.FallbackWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_on_one_instance_counts(change, device):
+    """Against transformers' own grouped products, which ask the instance for everything."""
+    experts = make_experts("MixtralExperts").to(device)
+    CHANGES[change](experts)
+    assert integration._recognize(experts).name is None
+    values = [t.to(device) for t in inputs(experts, torch.float32, torch.float32)]
+    found, wanted = (results(experts, *values, how) for how in ("ling_ops", "batched_mm"))
+    for name in wanted:
+        assert_within(found[name], wanted[name].double(), roundings=LAYER_ROUNDINGS, name=name)
 
 
 def test_recognition_needs_no_values_of_the_surrounding_mode():

@@ -116,6 +116,17 @@ def test_mask_map_against_a_loop(device, dtype, mask, extra) -> None:
             check_sums(got, true, 6, "grad of unpermute")
 
 
+def test_the_number_of_rows_may_be_a_sum_of_counts(device) -> None:
+    """As Megatron-LM's dispatchers hand it on."""
+    mask = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]], device=device)
+    x = torch.randn(3, 4, device=device)
+    pairs = zip(shim.moe_permute(x, mask, mask.sum()), shim.moe_permute(x, mask, 4), strict=True)
+    for counted, wanted in pairs:
+        assert torch.equal(counted, wanted)
+    with pytest.raises(ValueError, match=r"num_out_tokens must have shape \[\]"):
+        shim.moe_permute(x, mask, mask.sum(0))
+
+
 def test_mask_map_has_transformer_engines_layout(device) -> None:
     mask = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]], device=device)
     _, row_map = shim.moe_permute(torch.randn(3, 4, device=device), mask, 4)
@@ -280,6 +291,7 @@ def test_behind_megatrons_permute_fusion() -> None:
     before = dict(vars(moe_utils))
     undo = shim.install()
     try:
+        assert {"fused_topk_with_score_function", "fused_moe_aux_loss"} <= set(vars(moe_utils))
         tokens, experts = 11, 5
         mask = torch.rand(tokens, experts) < 0.4
         x = torch.randn(tokens, 8, requires_grad=True)
@@ -287,7 +299,7 @@ def test_behind_megatrons_permute_fusion() -> None:
         results = []
         for fused in (False, True):
             rows, permuted, indices = moe_utils.permute(
-                x, mask, probs=probs, num_out_tokens=int(mask.sum()), fused=fused
+                x, mask, probs=probs, num_out_tokens=mask.sum(), fused=fused
             )[:3]
             out = moe_utils.unpermute(
                 rows * permuted[:, None], indices, x.shape, fused=fused, routing_map=mask

@@ -94,6 +94,9 @@ def test_a_class_of_its_own_method_comes_back() -> None:
 def test_errors_name_the_argument(device) -> None:
     with pytest.raises(TypeError, match="classes must have a method _grouped_mm, got Linear"):
         shim.install(nn.Linear)
+    other = type("Other", (nn.Module,), {"_grouped_mm": lambda self, *, A, weight_EOI, offs: A})
+    with pytest.raises(TypeError, match=r"Other\._grouped_mm must take A, B_t and offs"):
+        shim.install(other)
     a, b = torch.randn(4, 8, device=device), torch.randn(2, 8, 16, device=device)
     with pytest.raises(ValueError, match="offs must have dtype int32"):
         shim.grouped_mm(a, b, torch.tensor([2, 4], device=device))

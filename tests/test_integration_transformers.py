@@ -112,6 +112,9 @@ def test_bf16_models_are_as_good_as_eager_ones(family, device, monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_kind_of_path_is_the_expected_one(family):
+    integration.register("another_name")
+    renamed = integration.explain(build(family, "another_name"))
+    assert renamed and all(how["active"] for how in renamed.values())
     told = integration.explain(build(family, "ling_ops"))
     assert told and all(
         entry["activation"] == FUSED.get(family, "swiglu") and entry["active"]

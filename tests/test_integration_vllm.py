@@ -198,6 +198,8 @@ def test_errors_name_the_argument(device) -> None:
         shim.grouped_topk(logits, logits, 2, True)
     with pytest.raises(ValueError, match="num_expert_group must divide the 8 experts, got 3"):
         shim.grouped_topk(logits, logits, 2, True, 3, 2)
+    with pytest.raises(ValueError, match=r"topk must be .* at most 4 .* 2 groups\), got 5"):
+        shim.grouped_topk(logits, logits, 5, True, 4, 2)
     with pytest.raises(ValueError, match="activation must be one of"):
         x, w1, w2, weights, ids = layer(device, 48)
         shim.fused_experts(x, w1, w2, weights, ids, "swigluoai")

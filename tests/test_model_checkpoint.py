@@ -243,6 +243,20 @@ def test_a_scale_beside_a_weight_that_is_not_fp8_is_unexpected(tmp_path):
         LingForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "int64", "bf16"])
+def test_an_fp8_export_names_a_dtype_to_compute_in(tmp_path, name):
+    make(V2, torch.bfloat16).save_pretrained(tmp_path)
+    edit_config(tmp_path, quantization_config={"quant_method": "fp8"}, torch_dtype=name)
+
+    def export(tensors):
+        key = "model.layers.1.attention.dense.weight"
+        tensors[key], tensors[f"{key}_scale_inv"] = quantized(tensors[key].float())
+
+    rewrite(tmp_path, export)
+    with pytest.raises(CheckpointError, match=f"torch_dtype: got '{name}', need one of"):
+        LingForCausalLM.from_pretrained(tmp_path)
+
+
 def test_other_quantizations_are_refused(tmp_path):
     make(V2).save_pretrained(tmp_path)
     edit_config(tmp_path, quantization_config={"quant_method": "gptq"})
@@ -336,6 +350,22 @@ def test_a_folder_that_holds_a_checkpoint_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="holds a checkpoint"):
         make(V2).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_an_index_that_was_left_behind_is_removed(tmp_path):
+    """A save that ended between the index and the config, repeated as one file."""
+    model = make(V2)
+    model.save_pretrained(tmp_path, max_shard_bytes=30_000)
+    (tmp_path / "config.json").unlink()
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    LingForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_without_values_is_not_saved(tmp_path):
+    model = LingForCausalLM(LingConfig(**V2), device="meta")
+    with pytest.raises(ValueError, match=r"model: \S+ is on the meta device"):
+        model.save_pretrained(tmp_path / "new")
 
 
 def test_an_interrupted_save_is_no_checkpoint_and_can_be_repeated(tmp_path, monkeypatch):

@@ -132,6 +132,27 @@ def test_temperature(device):
         assert abs(share - torch.softmax(logits[0] / temperature, 0)[2].item()) < 0.05
 
 
+def test_an_empty_batch_has_no_logits(model, device):
+    assert model(ids(device, 0, 4)).logits.shape == (0, 4, 40)
+    assert model(ids(device, 2, 0)).logits.shape == (2, 0, 40)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_offloaded_models_generate_the_same(where, model, device, tmp_path):
+    """accelerate keeps the weights elsewhere: what a module says of its device is no device."""
+    accelerate = pytest.importorskip("accelerate")
+    x = ids(device, 2, 9)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[0, :4] = False
+    wanted = model.generate(x, max_new_tokens=6, token_mask=mask)
+    if where == "memory":
+        model = accelerate.cpu_offload(model, execution_device=device)
+    else:
+        model = accelerate.disk_offload(model, tmp_path, execution_device=device)
+    assert model.lm_head.weight.is_meta
+    assert torch.equal(model.generate(x, max_new_tokens=6, token_mask=mask), wanted)
+
+
 def test_bad_input(model, device):
     x = ids(device, 2, 4)
     mask = torch.ones_like(x, dtype=torch.bool)
@@ -144,6 +165,8 @@ def test_bad_input(model, device):
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(x, **options)
+    with pytest.raises(TypeError, match=r"eos_token_id: got \[1, 2\], need an int or None"):
+        model.generate(x, max_new_tokens=1, eos_token_id=[1, 2])
     with pytest.raises(ValueError, match=r"input_ids: got shape \(2, 0\)"):
         model.generate(x[:, :0], max_new_tokens=1)
     cache = model.new_cache(2, 3)

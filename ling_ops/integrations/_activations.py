@@ -27,6 +27,14 @@ class Recognized(NamedTuple):
     reason: str = ""
 
 
+class _Bare(SimpleNamespace):
+    """A module with nothing but what it was given. Not an AttributeError, which ``getattr`` with a
+    default would swallow: the gate would be compared by the default."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(f"it reads {name} of its module")
+
+
 def _probe_values(gated: bool) -> Tensor:
     """A grid of arguments: small and large, of both signs, on both sides of any likely limit."""
     steps = [0.0, 1e-3, 0.3, 0.77, 1.0, 1.5, 2.9, 5.5, 8.0, 21.0, 150.0, 1e4]
@@ -83,7 +91,7 @@ def _compare(gate, act, approximate, limits) -> Recognized:
                 found = made(x)
             else:
                 given = {k: v for k, v in zip(LIMITS, limits, strict=True) if v is not None}
-                found = gate(SimpleNamespace(act_fn=made, **given), x)
+                found = gate(_Bare(act_fn=made, **given), x)
             for name, limit in _candidates(gate is not None, limits):
                 if _same(found, activate(x, name, limit)):
                     return Recognized(name, limit)

@@ -25,6 +25,12 @@ __all__ = [
     "moe_sort_chunks_by_index_with_probs",
     "moe_unpermute",
 ]
+#: Other names that Megatron-LM imports with those that ``install()`` sets.
+_ROUTER_FUSIONS = (
+    "fused_compute_score_for_moe_aux_loss",
+    "fused_moe_aux_loss",
+    "fused_topk_with_score_function",
+)
 _MAP_TYPES = ("mask", "index")
 _MASKS = (torch.bool, torch.uint8, torch.int8, *_checks.IDS)
 
@@ -42,10 +48,14 @@ def _check_map(routing_map: Tensor, inp: Tensor, map_type: str) -> None:
     _checks.same_device("routing_map", routing_map, "inp", inp)
 
 
-def _wanted(num_out_tokens: int | None) -> int | None:
+def _wanted(num_out_tokens: int | Tensor | None) -> int | None:
     """The number of rows that was asked for; None for all."""
     if num_out_tokens is None:
         return None
+    if isinstance(num_out_tokens, Tensor):  # a sum of counts, as Megatron-LM's dispatchers give it
+        _checks.shape("num_out_tokens", num_out_tokens, (), "[]")
+        _checks.dtype("num_out_tokens", num_out_tokens, _checks.IDS)
+        num_out_tokens = int(num_out_tokens)
     _checks.integer("num_out_tokens", num_out_tokens, -1)
     return num_out_tokens if num_out_tokens > 0 else None
 
@@ -317,6 +327,9 @@ def install() -> Callable[[], None]:
         "fused_sort_chunks_by_index_with_probs": moe_sort_chunks_by_index_with_probs,
     }
     names = vars(moe_utils)
+    if not names["HAVE_TE"]:
+        # Asked for once HAVE_TE is True; missing, they would be a NameError there, not a message.
+        functions |= {name: None for name in _ROUTER_FUSIONS if name not in names}
     if not names["HAVE_TE"] and "is_te_min_version" in names:
         # Asked whether unpermute knows pad_offsets; without TransformerEngine it would raise.
         functions["is_te_min_version"] = lambda *_, **__: True

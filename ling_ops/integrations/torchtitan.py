@@ -6,6 +6,7 @@ every product; ``install()`` puts ling_ops's behind that name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def install(*classes: type[nn.Module]) -> Callable[[], None]:
     """Makes experts classes compute with ling_ops; without arguments torchtitan's GroupedExperts.
 
     Subclasses with a ``_grouped_mm`` of their own (quantised ones) keep it. Returns a function
-    that undoes it. Raises ImportError without torchtitan 0.3 or later, and TypeError for a class
+    that undoes it. Raises ImportError without torchtitan 0.3, and TypeError for a class
     without ``_grouped_mm``.
     """
     if not classes:
@@ -41,13 +42,19 @@ def install(*classes: type[nn.Module]) -> Callable[[], None]:
             from torchtitan.models.common.moe import GroupedExperts
         except ImportError as error:
             raise ImportError(
-                "ling_ops.integrations.torchtitan.install needs torchtitan 0.3 or later: "
+                "ling_ops.integrations.torchtitan.install needs torchtitan 0.3: "
                 "run `pip install torchtitan`"
             ) from error
         classes = (GroupedExperts,)
     for experts in classes:
         if not hasattr(experts, "_grouped_mm"):
             raise TypeError(f"classes must have a method _grouped_mm, got {experts.__name__}")
+        taken = inspect.signature(experts._grouped_mm).parameters
+        if not {"A", "B_t", "offs"} <= set(taken):
+            raise TypeError(
+                f"{experts.__name__}._grouped_mm must take A, B_t and offs, as torchtitan 0.3's "
+                f"does, got {', '.join(taken)}"
+            )
     before = [(experts, vars(experts).get("_grouped_mm")) for experts in classes]
     for experts in classes:
         experts._grouped_mm = _grouped_mm

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ling_ops
+from ling_ops.nn.mlp import is_hooked
 from ling_ops.ops._autocast import autocast
 from ling_ops.ops._backend import FallbackWarning
 from ling_ops.ops.gemm import ROW_MULTIPLE
@@ -85,7 +86,12 @@ def _recognize(experts: nn.Module) -> Recognized:
         return Recognized(None, None, "a norm follows every expert")
     if experts.has_gate and not experts.is_concatenated:
         return Recognized(None, None, "gate and up rows are interleaved")
-    act, approximate = key_of(getattr(experts, "act_fn", None))
+    if "_apply_gate" in vars(experts):
+        return Recognized(None, None, "_apply_gate was set on the module itself")
+    act_fn = getattr(experts, "act_fn", None)
+    if isinstance(act_fn, nn.Module) and is_hooked(act_fn):
+        return Recognized(None, None, "act_fn has a hook, or a forward of its own")
+    act, approximate = key_of(act_fn)
     gate = type(experts)._apply_gate if experts.has_gate else None
     return recognize(gate, act, approximate, limits_of(experts))
 
@@ -144,13 +150,16 @@ def explain(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     ``activation`` is the name in ``ling_ops.moe_mlp`` (the fused path), or None where the module's
     own activation runs between the products, for the given ``reason``. ``active`` says whether
-    the module's configuration names ling_ops.
+    the module's configuration names ling_ops, or what it was registered as.
     """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     found = {}
     for name, module in model.named_modules():
         if hasattr(module, "is_concatenated") and hasattr(module, "down_proj"):
             config = getattr(module, "config", None)
-            active = getattr(config, "_experts_implementation", None) == NAME
+            chosen = getattr(config, "_experts_implementation", None)
+            active = ALL_EXPERTS_FUNCTIONS.get(chosen) is experts_forward
             recognized = _recognize(module)
             found[name] = {
                 "activation": recognized.name,

@@ -108,6 +108,8 @@ def grouped_topk(
         raise ValueError(
             f"num_expert_group must divide the {experts} experts, got {num_expert_group}"
         )
+    reachable = experts // num_expert_group * topk_group
+    _checks.integer("topk", topk, 1, reachable, f" (the experts of {topk_group} groups)")
     logits = gating_output.to(torch.promote_types(gating_output.dtype, torch.float32))
     scores = logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
     grouped = scores.detach().view(len(scores), num_expert_group, experts // num_expert_group)

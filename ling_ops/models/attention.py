@@ -114,8 +114,8 @@ class Attention(nn.Module):
         layer: int = 0,
     ) -> torch.Tensor:
         batch, length, _ = x.shape
-        projected = self.query_key_value(x).view(batch, length, -1, self.head_dim)
         split = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        projected = self.query_key_value(x).view(batch, length, sum(split), self.head_dim)
         query, key, value = projected.transpose(1, 2).split(split, dim=1)
         if self.query_layernorm is not None:
             query, key = self.query_layernorm(query), self.key_layernorm(key)
@@ -131,4 +131,4 @@ class Attention(nn.Module):
             is_causal=shared.is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return self.dense(out.transpose(1, 2).reshape(batch, length, -1))
+        return self.dense(out.transpose(1, 2).flatten(2))

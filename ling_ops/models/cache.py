@@ -62,6 +62,14 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes ``[B, KV heads, S, head_dim]`` behind the filled part; returns all up to it."""
         end = self.length + keys.shape[2]
+        if self.keys[layer].device != keys.device:  # an engine runs this layer elsewhere
+            for tensors in (self.keys, self.values):
+                old = tensors[layer]
+                tensors[layer] = (
+                    torch.zeros_like(old, device=keys.device)
+                    if old.is_meta
+                    else old.to(keys.device)
+                )
         self.keys[layer][:, :, self.length : end] = keys
         self.values[layer][:, :, self.length : end] = values
         dtype = keys.dtype

@@ -44,6 +44,7 @@ def check_generation(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    eos_token_id: int | None = None,
 ) -> None:
     """Raises a ValueError or TypeError naming the first argument that makes no sense."""
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
@@ -59,6 +60,8 @@ def check_generation(
             f"token_mask: got {token_mask.dtype} {tuple(token_mask.shape)}, "
             f"need torch.bool {tuple(input_ids.shape)}"
         )
+    if eos_token_id is not None and not hasattr(eos_token_id, "__index__"):
+        raise TypeError(f"eos_token_id: got {eos_token_id!r}, need an int or None")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, need an int >= 0")
     if not temperature >= 0:
@@ -130,7 +133,7 @@ def generate(
     streamer: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """See ``LingForCausalLM.generate``."""
-    check_generation(input_ids, token_mask, max_new_tokens, temperature, top_p)
+    check_generation(input_ids, token_mask, max_new_tokens, temperature, top_p, eos_token_id)
     input_ids = input_ids.long()
     prompts, lengths = pack(input_ids, token_mask)
     batch, new = len(lengths), []

@@ -21,7 +21,7 @@ from .published import (
     read_json,
     write_config,
 )
-from .safetensors_files import SINGLE, WeightFiles, write_json, write_weights
+from .safetensors_files import INDEX, SINGLE, WeightFiles, write_json, write_weights
 
 _STACKED = re.compile(r"(.*\.experts)\.(gate_up|up|down)_(proj|bias)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -176,8 +176,9 @@ class _Loader:
             return stored
         name = str(self.values.get("torch_dtype") or self.values.get("dtype") or "bfloat16")
         meant = getattr(torch, name, None)
-        if not isinstance(meant, torch.dtype):
-            raise CheckpointError(f"torch_dtype: got {name!r}, need the name of a torch dtype")
+        if meant not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise CheckpointError(f"torch_dtype: got {name!r}, need one of {known}")
         return meant
 
     def _new(self, name: str) -> Tensor:
@@ -231,6 +232,8 @@ def _check_whole(model) -> None:
     """Refuses a model of which this process holds only a part."""
     if part := sharded(model):
         raise ValueError(f"model: {part}, of which a rank has only a part. {WHOLE_STATE}")
+    if absent := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise ValueError(f"model: {absent[0]} is on the meta device (never filled, or offloaded)")
     count = model.config.num_experts
     for name, parameter in model.named_parameters():
         if _STACKED.fullmatch(name) and len(parameter) != count:
@@ -259,7 +262,7 @@ def save(model, folder: str | Path, *, max_shard_bytes: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     found = {piece.key: piece for piece in pieces(state)}
-    for old in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE]:
+    for old in [folder / INDEX, *folder.glob("model-*-of-*.safetensors"), folder / SINGLE]:
         old.unlink(missing_ok=True)  # what an interrupted save left
 
     def tensor(key: str) -> Tensor:

@@ -22,6 +22,8 @@ class WholeModel:
     def prefill(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Logits ``[B, V]`` behind prompts, packed as ``[N]``, of ``lengths`` (all positive)."""
         longest, device = max(lengths), tokens.device
+        # where the tokens are: an engine may keep the head's weight elsewhere, or on no device
+        self.active = torch.ones(len(lengths), dtype=torch.bool, device=device)
         padding = longest - torch.tensor(lengths, device=device).unsqueeze(1)
         mask = torch.arange(longest, device=device) >= padding
         return self._run(tokens.new_zeros(mask.shape).masked_scatter_(mask, tokens), mask)
