@@ -35,7 +35,7 @@ def install(*classes: type[nn.Module]) -> Callable[[], None]:
 
     Subclasses with a ``_grouped_mm`` of their own (quantised ones) keep it. Returns a function
     that undoes it. Raises ImportError without torchtitan 0.3, and TypeError for a class
-    without ``_grouped_mm``.
+    without ``_grouped_mm`` or whose ``_grouped_mm`` takes other arguments.
     """
     if not classes:
         try:
@@ -43,7 +43,7 @@ def install(*classes: type[nn.Module]) -> Callable[[], None]:
         except ImportError as error:
             raise ImportError(
                 "ling_ops.integrations.torchtitan.install needs torchtitan 0.3: "
-                "run `pip install torchtitan`"
+                'run `pip install "torchtitan==0.3.*"`'
             ) from error
         classes = (GroupedExperts,)
     for experts in classes:
