@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ling_ops
 from ling_ops import parallel
@@ -234,6 +235,43 @@ def a_model_trains_as_on_one_rank(folder: Path) -> None:
                 torch.testing.assert_close(found[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
             first = parallel.gather_tensors(spread, spread.state_dict(), to_rank=0)
             assert (len(first) == len(found)) == (rank() == 0)
+
+
+def meshes() -> list[DeviceMesh]:
+    """Meshes that ``parallelize`` takes, of other names, numbers of dimensions, and few ranks."""
+    pairs = min(2, world())
+    shape, kind = (world() // pairs, pairs), device().type
+    named = init_device_mesh(kind, shape, mesh_dim_names=("dp", "expert"))
+    deep = init_device_mesh(kind, (1, *shape), mesh_dim_names=("pp", "replicate", "expert"))
+    return [init_device_mesh(kind, (world(),)), named, deep, named["expert"]]
+
+
+@check
+def gradients_are_means_over_every_kind_of_mesh(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(9)
+    batches = torch.randint(32, (world(), 2, 6), generator=generator).to(device())
+    for mesh in meshes():
+        members = mesh.mesh.flatten()
+        whole, spread = tiny(), parallel.parallelize(tiny(), mesh)
+        joined = batches[members].flatten(0, 1)
+        whole(joined, labels=joined).loss.backward()
+        spread(batches[rank()], labels=batches[rank()]).loss.backward()
+        parallel.average_gradients(spread, mesh)
+        wanted = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+        wanted = parallel.shard_tensors(spread, wanted)
+        for name, parameter in spread.named_parameters():
+            if name in wanted:
+                torch.testing.assert_close(parameter.grad, wanted[name], msg=f"{name} of {mesh}")
+
+
+@check
+def static_experts_without_a_routing_keep_their_capacity(folder: Path) -> None:
+    policy = ling_ops.CapacityPolicy.fixed(0.5)
+    whole = Experts(E, H, WIDTH, init_std=0.3, device=device(), dtype=torch.float64)
+    spread = ParallelExperts(whole, group(), policy)
+    x, weights, ids, _ = tokens_of([16] * world())[rank()]
+    routing = ling_ops.route(ids, E, capacity=policy.capacity(None, ids.numel(), E))
+    torch.testing.assert_close(spread(x, weights, ids), whole(x, weights, ids, routing=routing))
 
 
 @check

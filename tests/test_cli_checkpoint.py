@@ -60,6 +60,13 @@ def test_keeps_the_last_n_and_no_leftovers(root):
     assert find_checkpoint(root.parent).name == "step-00000004"
 
 
+def test_an_earlier_step_that_goes_on_supersedes_later_ones(root):
+    """They are of a run that was abandoned, and no `latest` may fall back to them."""
+    for step in (20, 30, 21, 22):
+        save(root, step, keep=2)
+    assert names(root) == ["latest", "step-00000021", "step-00000022"]
+
+
 def test_saving_a_step_again_supersedes_it(root):
     folder = save(root, 1)
     assert names(root) == ["latest", "step-00000001-2"]

@@ -68,6 +68,7 @@ def fails(capsys):
         (["--steps", "0"], "steps must be at least 1"),
         (["--warmup-steps", "30", "--steps", "20"], "warmup_steps (30) is larger than steps"),
         (["--seed", str(2**40)], "seed must be at most"),
+        (["--rank-timeout", str(10**14)], "rank_timeout must be at most 10000000, not"),
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "no device 'cuda:99'"),
         (["--model", "hidden=3"], "hidden: no such field"),
@@ -85,6 +86,26 @@ def test_nonsense_settings(arguments, message, fails, text, tmp_path):
     extra = arguments if "--data" in arguments else [*arguments, "--data", text]
     assert message in fails("train", "--output", tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("x", "WORLD_SIZE must be a positive int, not 'x'"), ("0", "not '0'"),
+     ("2", "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set: start with torchrun")],
+)  # fmt: skip
+def test_nonsense_from_a_launcher(size, message, fails, text, tmp_path, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert message in fails(*train_arguments(text, tmp_path / "out"), code=2)
+
+
+@pytest.mark.parametrize("name", ["finetune", "prune"])
+def test_commands_of_one_process(name, fails, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    extra = ("--output", tmp_path / "out", "--keep", "0.5") if name == "prune" else ()
+    message = fails(name, "--checkpoint", "a", *extra, code=2)
+    assert f"{name} runs in one process; torchrun started several" in message
 
 
 @pytest.mark.parametrize(
@@ -250,8 +271,13 @@ def test_full_disk_for_real(text, tmp_path):
     assert ".writing-" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["train", "finetune", "prune", "generate", "study", "cost"])
-def test_too_little_memory_names_flags_that_the_command_has(name, fails, monkeypatch):
+def test_too_little_memory_names_flags_that_the_command_has(name, error, fails, monkeypatch):
     needed = {
         "prune": ("--checkpoint", "a", "--output", "b", "--keep", "0.5"), "study": ("balance",),
         "generate": ("--checkpoint", "a"), "finetune": ("--checkpoint", "a"),
@@ -259,7 +285,7 @@ def test_too_little_memory_names_flags_that_the_command_has(name, fails, monkeyp
     module = importlib.import_module(f"ling_ops.cli.{name}")
 
     def run(arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(module, "run", run)
     message = fails(name, *needed, code=1)

@@ -261,6 +261,14 @@ def test_a_published_checkpoint_with_its_tokenizer(method, dtype, published, tex
     assert done.returncode == 0, done.stderr
 
 
+def test_a_published_checkpoint_is_no_output(published, text, capsys):
+    """A run in its folder would hide it from every command."""
+    before = sorted(path.name for path in published.iterdir())
+    status = main([str(a) for a in arguments(published, text, published)])
+    assert status == 1 and "holds a published checkpoint" in capsys.readouterr().err
+    assert sorted(path.name for path in published.iterdir()) == before
+
+
 def test_tokenized_text(published, text):
     codec = TokenizerText(published, {"eos_token_id": 299})
     whole = load_text([str(text)], sequence_length=16)
@@ -305,6 +313,7 @@ def test_the_fingerprint_is_of_the_weights_not_their_dtype(base):
         (["--lora-rank", "0"], "lora_rank must be at least 1, not 0", 2),
         (["--lora-alpha", "0"], "lora_alpha must be above 0, not 0.0", 2),
         (["--lora-dropout", "1"], "lora_dropout must be below 1, not 1.0", 2),
+        (["--method", "full", "--lora-rank", "4"], "method full takes no lora_rank", 2),
         (["--warmup-steps", "300"], "warmup_steps (300) is larger than steps (200)", 2),
         (["--data", "nosuch"], "no such file or folder: 'nosuch'", 1),
         (["--checkpoint", "nosuch"], "no such checkpoint: 'nosuch'", 1),

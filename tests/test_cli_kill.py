@@ -9,7 +9,6 @@ import time
 
 import pytest
 from cli_runner import (
-    command,
     environment,
     run_command,
     step_files,
@@ -38,12 +37,30 @@ def whole(text, tmp_path_factory):
     return step_files(run, STEPS)
 
 
+#: `ling-ops` that waits for the signal one step after the one given: it cannot end before.
+WAITING = """
+import sys, time
+from ling_ops.cli import main
+from ling_ops.cli.trainer import Trainer
+
+after_step, stops = int(sys.argv.pop(1)), Trainer._stops
+
+def wait(self, stop):
+    while self.step > after_step and stop.signal is None:
+        time.sleep(0.01)
+    return stops(self, stop)
+
+Trainer._stops = wait
+sys.exit(main())
+"""
+
+
 def start_and_signal(arguments, run, number, *, after_step):
     """Start a run, send it a signal once a checkpoint of `after_step` exists, wait for its end."""
+    command = [sys.executable, "-c", WAITING, str(after_step), *map(str, arguments)]
     process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(),
-    )  # fmt: skip
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
     latest, limit = run / "checkpoints" / "latest", time.monotonic() + 60
     while time.monotonic() < limit and process.poll() is None:
         if latest.exists() and int(latest.read_text().strip()[5:]) >= after_step:

@@ -45,11 +45,12 @@ def torchrun(ranks: int, *arguments: object, command: tuple[str, ...] = COMMAND)
 
 #: The command, which says at its very end how many threads of gloo are left.
 COUNT_THREADS = """
-import atexit, pathlib, sys
+import atexit, os, pathlib, sys
 
 def count():
     names = [task.read_text() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
-    print("threads left:", sum("gloo" in name for name in names), flush=True)
+    line = f"threads left: {sum('gloo' in name for name in names)}\\n"
+    os.write(1, line.encode())  # at once: the other process prints at the same moment
 
 atexit.register(count)
 from ling_ops.cli import main
@@ -145,7 +146,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
 def test_resume_on_as_many_processes_is_bit_for_bit(text, tmp_path) -> None:
     """With all that draws random numbers and keeps a state of its own."""
     run = tmp_path / "run"
-    arguments = train_arguments(text, run, *RUN, "--checkpoint-every", 2, "--expert-parallel")
+    arguments = train_arguments(text, run, *RUN, "--checkpoint-every", 2, "--expert-parallel", 2)
     done = run_ranks(2, *arguments)
     assert done.returncode == 0, done.stderr
     again = tmp_path / "again"
@@ -153,6 +154,9 @@ def test_resume_on_as_many_processes_is_bit_for_bit(text, tmp_path) -> None:
     done = run_ranks(2, "train", "--resume", folder, "--output", again)
     assert done.returncode == 0, done.stderr
     assert step_files(again, STEPS) == step_files(run, STEPS)
+    # One process alone asks for no other number of processes that share the experts.
+    done = run_command("train", "--resume", folder, "--output", tmp_path / "alone", "--steps", 3)
+    assert done.returncode == 0, done.stderr
 
 
 def workers_of(launcher: int) -> list[int]:
@@ -243,6 +247,26 @@ def test_a_folder_that_holds_a_run_is_refused_once(pair, text) -> None:
     assert done.returncode != 0
     assert done.stderr.count("ling-ops: error") == 1 and "already holds a run" in done.stderr
     assert "was lost" not in done.stderr and "SIGABRT" not in done.stderr
+
+
+#: The command, whose checkpoints take longer to write than a process waits for another.
+SLOW_SAVES = """
+import sys, time
+from ling_ops.cli import main, trainer
+
+save = trainer.save_checkpoint
+trainer.save_checkpoint = lambda *a, **k: (time.sleep(8), save(*a, **k))
+sys.exit(main())
+"""
+
+
+def test_a_checkpoint_may_take_longer_than_the_timeout(text, tmp_path) -> None:
+    script, run = tmp_path / "slow.py", tmp_path / "run"
+    script.write_text(SLOW_SAVES)
+    arguments = ["--batch-size", 4, "--steps", 1, "--expert-parallel", "--rank-timeout", 5]
+    done = run_ranks(2, *train_arguments(text, run, *arguments), command=(str(script),))
+    assert done.returncode == 0, done.stderr
+    assert step_files(run, 1)
 
 
 def test_no_thread_outlives_the_exchanges(pair, text, tmp_path) -> None:

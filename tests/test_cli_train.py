@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from ling_ops.cli import main
 from ling_ops.cli.checkpoint import load_checkpoint
 from ling_ops.cli.modeling import build_model, saved_config
 from ling_ops.cli.optimizer import Optimizer
+from ling_ops.cli.runs import output_folder
+from ling_ops.cli.trainer import Trainer
 
 pytest.importorskip("safetensors")
 image = pytest.importorskip("matplotlib.image")
@@ -176,6 +181,35 @@ def test_a_config_file_and_flags_on_top(text, tmp_path, capsys):
     state = json.loads(next((tmp_path / "run").glob("checkpoints/*/state.json")).read_text())
     assert state["step"] == 2 and state["settings"]["sequence_length"] == 16
     assert state["model"]["hidden_size"] == 64 and state["model"]["moe_intermediate_size"] == 16
+
+
+def test_a_resumed_run_with_nothing_left_to_do_is_saved_too(finished, tmp_path):
+    other = tmp_path / "other"
+    folder = finished[0] / "checkpoints" / f"step-{STEPS:08d}"
+    done = run_here("train", "--resume", folder, "--output", other)
+    assert done.returncode == 0, done.stderr
+    assert step_files(other, STEPS) == step_files(finished[0], STEPS)
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch):
+    """Each name is taken when it is given, not when the run writes first."""
+    monkeypatch.chdir(tmp_path)
+    names = [output_folder(Namespace(), "tiny", None) for _ in range(3)]
+    assert names == [Path("runs", name) for name in ("tiny", "tiny-2", "tiny-3")]
+
+
+def test_each_process_gets_its_own_gpu_s_random_state_back(tmp_path, monkeypatch):
+    got, state = [], torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: got.append(value))
+    trainer = Trainer.__new__(Trainer)
+    trainer.ranks = SimpleNamespace(rank=1, shard=lambda model, tensors: tensors)
+    trainer.optimizer = SimpleNamespace(load_state_tensors=lambda *tensors: None)
+    trainer.model, trainer.device, trainer.output = None, torch.device("cuda"), tmp_path
+    rng = {"cpu": state, "cpu.1": state, "cuda": "main's", "cuda.1": "its own"}
+    tensors = {"optimizer": {}, "model": {}, "rng": rng}
+    folder = tmp_path / "checkpoints" / "step-00000003"
+    trainer.restore(SimpleNamespace(tensors=tensors, state={"step": 3}, folder=folder))
+    assert got == ["its own"] and trainer.saved_step == trainer.step == 3
 
 
 def test_runs_of_the_same_preset_get_folders_of_their_own(text, tmp_path, monkeypatch):

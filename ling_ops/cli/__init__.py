@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, ModuleNotFoundError) as error:
         return _fail(f"{type(error).__name__}: {error}", 1)
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        # The last is the CPU's: "DefaultCPUAllocator: can't allocate memory".
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
             raise
         advice = LESS_MEMORY.get(arguments.command)
         return _fail("the device ran out of memory" + (f": lower {advice}" if advice else ""), 1)

@@ -133,8 +133,9 @@ def _prune(root: Path, keep: int, newest: Path) -> None:
     """Remove all but `newest` and the keep - 1 before it, of each step the last one written."""
     others = [folder for folder in _step_folders(root) if folder != newest]
     last_of_step = {_order(folder)[0]: folder for folder in others}
-    last_of_step.pop(_order(newest)[0], None)
-    kept = list(last_of_step.values())[max(0, len(last_of_step) - (keep - 1)) :]
+    # A run that went on from an earlier step leaves later ones behind, which are not its own.
+    earlier = [folder for step, folder in last_of_step.items() if step < _order(newest)[0]]
+    kept = earlier[max(0, len(earlier) - (keep - 1)) :]
     # Renamed first: a folder that is half deleted must not look like a checkpoint.
     for folder in others:
         if folder not in kept:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from ling_ops.cli.finetune_options import FINETUNE_FIELDS, FinetuneOptions
 from ling_ops.cli.generate import load
 from ling_ops.cli.modeling import check_memory, pick_device, pick_dtype
 from ling_ops.cli.options import given_settings, merge
+from ling_ops.cli.ranks import one_process
 from ling_ops.cli.runs import (
     check_steps,
     checkpoint_to_resume,
@@ -92,8 +92,7 @@ class FinetuneTrainer(Trainer):
 def run(arguments: argparse.Namespace) -> int:
     """Run `ling-ops finetune`; returns the exit status."""
     require_extra("finetune")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise CommandError("finetune runs in one process; torchrun started several", code=2)
+    one_process("finetune")
     with StopRequest() as stop:
         return _run(arguments, stop)
 

@@ -57,9 +57,19 @@ class FinetuneOptions(RunOptions):
             (self.checkpoint is None, "--checkpoint is missing: what to start from"),
             (self.lora_alpha <= 0, f"lora_alpha must be above 0, not {self.lora_alpha}"),
             (self.lora_dropout >= 1, f"lora_dropout must be below 1, not {self.lora_dropout}"),
+            (
+                self.method == "full" and self._of_lora(),
+                f"method full takes no {', '.join(self._of_lora())}",
+            ),
         ):
             if bad:
                 raise CommandError(message, code=2)
+
+    def _of_lora(self) -> list[str]:
+        """The settings of adapters that are not as they are by default."""
+        fields = [field for field in dataclasses.fields(self) if field.name.startswith("lora_")]
+        default = FinetuneOptions()
+        return [f.name for f in fields if getattr(self, f.name) != getattr(default, f.name)]
 
     @property
     def peak_learning_rate(self) -> float:

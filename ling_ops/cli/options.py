@@ -140,8 +140,9 @@ class TrainOptions(RunOptions):
         },
     )  # fmt: skip
     rank_timeout: int = option(
-        120, "seconds after which a process gives up waiting for another", group="run", minimum=1
-    )
+        120, "seconds after which a process gives up waiting for another", group="run", minimum=1,
+        maximum=10_000_000,
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()
@@ -186,7 +187,7 @@ def _check_value(field: dataclasses.Field, value: Any) -> None:
     whole = number and isinstance(value, int)
     if not {"int": whole, "float": number, "str": isinstance(value, str)}[wanted]:
         raise CommandError(f"{name} must be {wanted}, not {value!r}", code=2)
-    if number and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise CommandError(f"{name} must be finite, not {value}", code=2)
     if "minimum" in meta and value < meta["minimum"]:
         raise CommandError(f"{name} must be at least {meta['minimum']}, not {value}", code=2)

@@ -66,8 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     require_extra("prune")
     from ling_ops.cli.generate import load
+    from ling_ops.cli.ranks import one_process
     from ling_ops.models.pruning import expert_importance, prune_experts
 
+    one_process("prune")
     output = Path(arguments.output).absolute()
     _check_output(output)
     _check_count(_config(Path(arguments.checkpoint)), arguments.keep)

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import gc
 import os
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,9 @@ from torch import Tensor, distributed, nn
 
 from ling_ops.cli.errors import CommandError
 from ling_ops.cli.options import TrainOptions
+
+#: What a launcher such as torchrun tells each process, beside WORLD_SIZE.
+LAUNCHER = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
@@ -33,6 +37,10 @@ class Ranks:
         Its CommandError ends all of them; the main process alone says it.
         """
         return make()
+
+    def main_saves(self, save: Callable[[], Any]) -> None:
+        """`save` in the main process, however long it takes, before any process goes on."""
+        save()
 
     def spread(self, model: nn.Module) -> nn.Module:
         """The model with its experts spread over the ranks, in place."""
@@ -73,6 +81,7 @@ class TorchrunRanks(Ranks):
         from ling_ops import parallel
 
         self.parallel, self.device = parallel, device
+        self.pulse_s = min(1.0, timeout.total_seconds() / 4)
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         experts = self.size if expert_parallel == 0 else expert_parallel
         if self.size % experts:
@@ -100,6 +109,30 @@ class TorchrunRanks(Ranks):
             _close()
             raise error if self.is_main else SystemExit(error.code)
         return made
+
+    def main_saves(self, save: Callable[[], Any]) -> None:
+        # In a thread: the others would take a main process that says nothing for a lost one.
+        refusals: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                save()
+            except BaseException as refusal:
+                refusals.append(refusal)
+
+        def outcome() -> None:
+            if refusals:
+                raise refusals[0]
+
+        thread = threading.Thread(target=work)
+        if self.is_main:
+            thread.start()
+        busy = True
+        while busy:
+            if self.is_main:
+                thread.join(self.pulse_s)
+            busy = bool(self.total(torch.tensor(float(self.is_main and thread.is_alive()))))
+        self.of_main(outcome)
 
     def spread(self, model: nn.Module) -> nn.Module:
         try:
@@ -142,6 +175,20 @@ def seed_of(options: TrainOptions, step: int, rank: int) -> int:
     return (options.seed * 1_000_003 + step) * 1_009 + rank
 
 
+def world_size() -> int:
+    """How many processes the launcher says it started."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise CommandError(f"WORLD_SIZE must be a positive int, not {given!r}", code=2)
+    return int(given)
+
+
+def one_process(command: str) -> None:
+    """Raise CommandError where a launcher started several processes of a command for one."""
+    if world_size() > 1:
+        raise CommandError(f"{command} runs in one process; torchrun started several", code=2)
+
+
 def local_device(name: str) -> str:
     """The device that `name` means to this process: with torchrun each has its own GPU."""
     local = os.environ.get("LOCAL_RANK")
@@ -153,7 +200,7 @@ def local_device(name: str) -> str:
 @contextlib.contextmanager
 def open_ranks(options: TrainOptions, device: torch.device) -> Iterator[Ranks]:
     """The run's processes. CommandError where the settings do not fit them, or one is lost."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     if size == 1:
         if options.expert_parallel > 1:
             raise CommandError(
@@ -168,12 +215,20 @@ def open_ranks(options: TrainOptions, device: torch.device) -> Iterator[Ranks]:
             f"batch_size must be a multiple of the {size} processes, not {options.batch_size}",
             code=2,
         )
+    missing = [name for name in LAUNCHER if name not in os.environ]
+    if missing:
+        raise CommandError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun, or "
+            "unset WORLD_SIZE",
+            code=2,
+        )
     # Imported first: torch.distributed.nn keeps the group that is there when it is imported.
     from ling_ops import parallel  # noqa: F401
 
     timeout = timedelta(seconds=options.rank_timeout)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timeout)
         yield TorchrunRanks(options.expert_parallel, device, timeout)
         _close()
     except distributed.DistError as error:

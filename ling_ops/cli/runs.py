@@ -69,6 +69,11 @@ def output_folder(
                 f"{str(output)!r} already holds a run: add --resume to go on with it, or choose "
                 "another --output"
             )
+        if is_published(output):
+            raise CommandError(
+                f"{str(output)!r} holds a published checkpoint, which a run in it would hide: "
+                "choose another --output"
+            )
         return output
     if found:
         home = checkpoints.run_folder_of(found.folder)
@@ -76,10 +81,13 @@ def output_folder(
             raise CommandError("name a run folder with --output", code=2)
         return home
     number, output = 1, Path("runs", name)
-    while output.exists():
-        number += 1
-        output = Path("runs", f"{name}-{number}")
-    return output
+    while True:
+        try:  # made here: another run that starts now must not find the same name free
+            output.mkdir(parents=True)
+            return output
+        except FileExistsError:
+            number += 1
+            output = Path("runs", f"{name}-{number}")
 
 
 def introduce_text(text: TextData, baseline: float) -> None:

@@ -20,7 +20,7 @@ from ling_ops.cli.modeling import (
     saved_config,
 )
 from ling_ops.cli.options import TrainOptions, given_settings, merge
-from ling_ops.cli.ranks import Ranks, local_device, open_ranks, seed_of
+from ling_ops.cli.ranks import Ranks, local_device, open_ranks, seed_of, world_size
 from ling_ops.cli.runs import (
     check_steps,
     checkpoint_to_resume,
@@ -50,6 +50,8 @@ def _run(arguments: argparse.Namespace, stop: Any) -> int:
     found = checkpoint_to_resume(arguments, "train")
     options = merge(found.state["settings"] if found else {}, given, resuming=found is not None)
     check_steps(options, found)
+    if found and "expert_parallel" not in given and world_size() % (options.expert_parallel or 1):
+        options.expert_parallel = 0  # of other processes: now all share the experts
     options.data = [from_anywhere(path) for path in options.data]
     device = pick_device(local_device(options.device))
     with open_ranks(options, device) as ranks:

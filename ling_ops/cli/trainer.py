@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ling_ops.cli.checkpoint import Checkpoint, save_checkpoint
+from ling_ops.cli.checkpoint import Checkpoint, run_folder_of, save_checkpoint
 from ling_ops.cli.data import BatchOrder, TextData, order0_entropy, validation_windows
 from ling_ops.cli.errors import CommandError
 from ling_ops.cli.metrics import MetricsWriter, layer_metrics
@@ -89,19 +89,21 @@ class Trainer:
         self.optimizer.load_state_tensors(
             *(self.ranks.shard(self.model, tensors[group]) for group in ("optimizer", "model"))
         )
-        rng, name = tensors["rng"], f"cpu.{self.ranks.rank}" if self.ranks.rank else "cpu"
+        rng, of_rank = tensors["rng"], f".{self.ranks.rank}" if self.ranks.rank else ""
         try:
-            if name in rng:
-                torch.set_rng_state(rng[name])
+            if f"cpu{of_rank}" in rng:
+                torch.set_rng_state(rng[f"cpu{of_rank}"])
             else:  # the checkpoint comes from fewer processes
                 torch.manual_seed(seed_of(self.options, checkpoint.state["step"], self.ranks.rank))
-            if self.device.type == "cuda" and "cuda" in rng and self.ranks.is_main:
-                torch.cuda.set_rng_state(rng["cuda"], self.device)
+            if self.device.type == "cuda" and f"cuda{of_rank}" in rng:
+                torch.cuda.set_rng_state(rng[f"cuda{of_rank}"], self.device)
             if self.device.type == "cpu":
                 torch.set_num_threads(int(checkpoint.state["threads"]))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CommandError(f"the checkpoint's random state does not fit: {error}") from error
-        self.step = self.saved_step = checkpoint.state["step"]
+        self.step = checkpoint.state["step"]
+        if run_folder_of(checkpoint.folder) == self.output.resolve():
+            self.saved_step = self.step
         self.elapsed = float(checkpoint.state.get("elapsed_s", 0.0))
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
@@ -121,20 +123,21 @@ class Trainer:
         """Write a checkpoint of the present step (never of values that are not finite)."""
         self._check_finite()
         states = self.ranks.every(torch.get_rng_state())
-        rng = {f"cpu.{rank}" if rank else "cpu": state for rank, state in enumerate(states)}
+        rng = _by_rank("cpu", states)
         if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+            rng |= _by_rank("cuda", self.ranks.every(torch.cuda.get_rng_state(self.device)))
         tensors = {
             "model": self.ranks.gather(self.model, self.model_tensors()),
             "optimizer": self.ranks.gather(self.model, self.optimizer.state_tensors()),
             "rng": rng,
         }
         self.saved_step = self.step
-        if self.ranks.is_main:
-            save_checkpoint(
-                self.output / "checkpoints", step=self.step, state=self.state(), tensors=tensors,
-                keep=self.options.keep,
-            )  # fmt: skip
+        folder, state = self.output / "checkpoints", self.state()
+        self.ranks.main_saves(
+            lambda: save_checkpoint(
+                folder, step=self.step, state=state, tensors=tensors, keep=self.options.keep
+            )
+        )
 
     # -- the loop --
 
@@ -245,3 +248,8 @@ class Trainer:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _by_rank(kind: str, states: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The main process's state under the kind's own name, the others' with their rank."""
+    return {f"{kind}.{rank}" if rank else kind: state for rank, state in enumerate(states)}

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .experts import ParallelExperts
-from .layout import REPLICATE, expert_parameters
+from .layout import EXPERT, expert_parameters
 
 #: Gradients are summed in pieces of about this many bytes: few calls, little memory.
 BUCKET_BYTES = 32 * 2**20
@@ -51,19 +51,25 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def average_gradients(model: nn.Module, mesh: DeviceMesh, *, experts_only: bool = False) -> None:
     """Makes every ``.grad`` that of the mean of all ranks' losses. Call before the optimizer.
 
-    Replicated parameters are averaged over all ranks. Those of experts hold the sum over the
-    ranks that sent rows to them already: they are summed over the mesh's "replicate" dimension
-    and divided by the number of ranks. ``experts_only``: where DDP or FSDP averages the rest.
+    ``mesh`` as in ``parallelize``. Replicated parameters are averaged over all its ranks. Those of
+    experts hold the sum over the ranks that sent rows to them already: they are summed over the
+    mesh's other dimensions and divided by the number of ranks. ``experts_only``: where DDP or
+    FSDP averages the rest.
     """
     experts = expert_parameters(model)
     world = mesh.size()
     shared = _gradients(experts.values())
-    if mesh.ndim > 1:
-        _sum_over(mesh[REPLICATE].get_group(), shared)
+    if mesh.ndim == 1:
+        everyone = mesh.get_group()
+    else:
+        everyone = distributed.group.WORLD
+        for name in mesh.mesh_dim_names:
+            if name != EXPERT:
+                _sum_over(mesh[name].get_group(), shared)
     rest: list[Tensor] = []
     if not experts_only:
         rest = _gradients(p for name, p in model.named_parameters() if name not in experts)
-        _sum_over(distributed.group.WORLD, rest)
+        _sum_over(everyone, rest)
     for grad in shared + rest:
         grad.div_(world)
 
