@@ -282,6 +282,9 @@ def shards_are_the_inverse_of_gathering(folder: Path) -> None:
     local = parallel.shard_tensors(model, whole.state_dict())
     for name, tensor in model.state_dict().items():
         assert torch.equal(local[name], tensor), name
+    name = next(iter(parallel.expert_parameters(model)))
+    with pytest.raises(ValueError, match=f"got {2 * E} experts, need all {E}"):
+        parallel.shard_tensors(model, {name: torch.zeros(2 * E, 3)})
     names = set(parallel.expert_parameters(model))
     assert len(names) == 2 * len(moe_modules(model))
     moments = {f"{name}/exp_avg": p.detach() for name, p in whole.named_parameters()}

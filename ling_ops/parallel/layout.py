@@ -148,13 +148,20 @@ def gather_tensors(
 
 
 def shard_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``gather_tensors``: of whole tensors by name, what this rank holds."""
-    return {
-        key: tensor
-        if holder is None
-        else tensor[holder.first_expert :][: holder.local_experts].clone()
-        for key, tensor, holder in _spread(model, tensors)
-    }
+    """The inverse of ``gather_tensors``: of whole tensors by name, what this rank holds.
+
+    Raises ValueError for a tensor of another number of experts.
+    """
+    local = {}
+    for key, tensor, holder in _spread(model, tensors):
+        if holder is not None:
+            if len(tensor) != holder.num_experts:
+                raise ValueError(
+                    f"{key}: got {len(tensor)} experts, need all {holder.num_experts} of the layer"
+                )
+            tensor = tensor[holder.first_expert :][: holder.local_experts].clone()
+        local[key] = tensor
+    return local
 
 
 def sharded_state_dict(model: nn.Module) -> dict[str, Any]:
