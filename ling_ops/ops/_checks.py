@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def number(name: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    is_number = isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat))
     if not is_number or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
