@@ -32,7 +32,7 @@ MODULES = ("gate", "route", "capacity", "permute", "gemm", "moe_mlp")
 @pytest.fixture(autouse=True, scope="module")
 def _operators_everywhere() -> None:
     def use_kernel(op: str, x: torch.Tensor, unsupported: str | None = None) -> bool:
-        return unsupported is None and _backend._chosen == "auto"
+        return unsupported is None and _backend.chosen() == "auto"
 
     with pytest.MonkeyPatch.context() as patch:
         for name in MODULES:

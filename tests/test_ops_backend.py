@@ -45,7 +45,7 @@ def test_use_backend_nests_and_survives_errors() -> None:
 
 @pytest.mark.parametrize(
     "block,holds",
-    [(lambda: use_backend("reference"), lambda: _backend._chosen == "reference"),
+    [(lambda: use_backend("reference"), lambda: _backend.chosen() == "reference"),
      (ling_ops.batch_invariant, _decode.is_batch_invariant)],
 )  # fmt: skip
 def test_blocks_of_two_threads_may_end_in_any_order(block, holds) -> None:

@@ -207,10 +207,10 @@ def test_one_path_holds_in_its_block_only() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="out"), lo.batch_invariant():
             with lo.batch_invariant():
-                assert _decode._one_path
-            assert _decode._one_path and not _decode.runs_decode(x, x, x[None], ())
+                assert _decode.is_batch_invariant()
+            assert _decode.is_batch_invariant() and not _decode.runs_decode(x, x, x[None], ())
             raise RuntimeError("out")
-        assert not _decode._one_path
+        assert not _decode.is_batch_invariant()
 
 
 @pytest.mark.cuda

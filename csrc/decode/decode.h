@@ -20,10 +20,4 @@ void dispatch(const MoeDecodeParams& p, Body&& body) {
   body.template operator()<__nv_bfloat16>();
 }
 
-template <auto kKernel>
-void launch_block(const char* name, const LaunchShape& shape, cudaStream_t stream, const MoeDecodeParams& p) {
-  allow_shared_memory<kKernel>(name, shape.shared_bytes);
-  launch_kernel<kKernel>(name, shape, stream, p);
-}
-
 }  // namespace ling::decode

@@ -171,7 +171,7 @@ template <typename Element, int kWarps>
 void launch(const MoeDecodeParams& p, unsigned blocks, cudaStream_t stream) {
   const int floats = p.pairs() * (1 + kColumns * chunks_for(p.inner, p.per_token()));
   const size_t bytes = sizeof(Slots) + (p.experts + p.shared) * sizeof(int) + floats * sizeof(float);
-  launch_block<down_kernel<Element, kWarps>>("moe_decode down", {blocks, 32 * kWarps, bytes, true}, stream, p);
+  launch_kernel<down_kernel<Element, kWarps>>("moe_decode down", {blocks, 32 * kWarps, bytes, true}, stream, p);
 }
 
 }  // namespace

@@ -167,7 +167,7 @@ void launch(const MoeDecodeParams& p, cudaStream_t stream) {
   const int64_t strips = int64_t{1} * p.pairs() * ceil_div<int64_t>(p.inner, kGated ? 8 : 16);
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(4 * sm_count(), strips));
   const size_t bytes = sizeof(UpShared) + (p.experts + p.shared) * sizeof(int);
-  launch_block<up_kernel<Element, kGated>>("moe_decode up", {blocks, kThreads, bytes, true}, stream, p);
+  launch_kernel<up_kernel<Element, kGated>>("moe_decode up", {blocks, kThreads, bytes, true}, stream, p);
 }
 
 }  // namespace

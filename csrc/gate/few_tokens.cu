@@ -18,7 +18,6 @@ constexpr int kLanes = 32;
 constexpr int kMostGroups = 32;
 constexpr int kMostChoices = 16;  // beyond, too many keys reach the bound
 constexpr int kListed = 32;       // keys that are ranked without looking for ties
-constexpr size_t kSharedLimit = 48 * 1024;
 
 // Shared memory of one warp.
 template <int C>

@@ -17,7 +17,6 @@ constexpr int kWarps = 8;        // of a block
 constexpr int kSmallWarps = 4;   // of a block where there are too few tokens to fill the device
 constexpr int kLargeWarps = 16;  // of a block where there are many tokens and few registers are needed
 constexpr int kMostChunks = 8;
-constexpr size_t kSharedLimit = 48 * 1024;
 
 // Blocks of kWarps that a multiprocessor should hold, and the registers that this leaves a thread.
 template <int L, int C, Keys kKeys>
@@ -202,11 +201,6 @@ void launch(const GateParams& p, cudaStream_t stream) {
   const size_t limit = warps > kWarps ? 2 * kSharedLimit : kSharedLimit;
   while (bytes(warps) > limit && warps > 1) warps = ceil_div(warps, 2);
   require(bytes(warps) <= limit, "gate: too many groups");
-  if (bytes(warps) > kSharedLimit) {
-    check(cudaFuncSetAttribute(gate_kernel<L, C, kKeys>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes(warps))),
-          "gate: shared memory");
-  }
 
   const int64_t most = static_cast<int64_t>(sms) * kBlocksPerSm<L, C, kKeys> * kWarps / warps;
   LaunchShape shape = {};

@@ -306,7 +306,6 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scatter_kernel(const RoutePara
 template <typename Count, int kWarps>
 void launch(const RouteParams& p, const Plan& plan, cudaStream_t stream) {
   const size_t bytes = Scatter<kWarps>::bytes(p.experts);
-  allow_shared_memory<scatter_kernel<Count, kWarps>>("route: shared memory", bytes);
   const auto blocks = static_cast<unsigned>(plan.blocks);
   if (plan.blocks > 1) {
     launch_kernel<count_kernel<Count>>("route: count", {blocks, 1024, p.experts * sizeof(int)}, stream, p, plan.chunk);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,14 +81,12 @@ def output_folder(
         if home is None:
             raise CommandError("name a run folder with --output", code=2)
         return home
-    number, output = 1, Path("runs", name)
-    while True:
-        try:  # made here: another run that starts now must not find the same name free
+    for number in itertools.count(1):
+        output = Path("runs", name if number == 1 else f"{name}-{number}")
+        # Made here: another run that starts now must not find the same name free.
+        with contextlib.suppress(FileExistsError):
             output.mkdir(parents=True)
             return output
-        except FileExistsError:
-            number += 1
-            output = Path("runs", f"{name}-{number}")
 
 
 def introduce_text(text: TextData, baseline: float) -> None:

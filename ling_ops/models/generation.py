@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -60,8 +61,10 @@ def check_generation(
             f"token_mask: got {token_mask.dtype} {tuple(token_mask.shape)}, "
             f"need torch.bool {tuple(input_ids.shape)}"
         )
-    if eos_token_id is not None and not hasattr(eos_token_id, "__index__"):
-        raise TypeError(f"eos_token_id: got {eos_token_id!r}, need an int or None")
+    try:
+        operator.index(0 if eos_token_id is None else eos_token_id)
+    except TypeError as error:
+        raise TypeError(f"eos_token_id: got {eos_token_id!r}, need an int or None") from error
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, need an int >= 0")
     if not temperature >= 0:

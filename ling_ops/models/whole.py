@@ -17,12 +17,11 @@ class WholeModel:
 
     def __init__(self, model, batch_size: int, max_length: int) -> None:
         self.model, self.cache = model, model.new_cache(batch_size, max_length)
-        self.active = torch.ones(batch_size, dtype=torch.bool, device=model.lm_head.weight.device)
 
     def prefill(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Logits ``[B, V]`` behind prompts, packed as ``[N]``, of ``lengths`` (all positive)."""
         longest, device = max(lengths), tokens.device
-        # where the tokens are: an engine may keep the head's weight elsewhere, or on no device
+        # Which sequences go on: where the tokens are, since an engine may keep weights elsewhere.
         self.active = torch.ones(len(lengths), dtype=torch.bool, device=device)
         padding = longest - torch.tensor(lengths, device=device).unsqueeze(1)
         mask = torch.arange(longest, device=device) >= padding

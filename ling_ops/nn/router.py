@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ling_ops import ops
+from ling_ops.ops._precise import PreciseBuffers
 from ling_ops.ops.gate_losses import LossCoefficients, router_losses, topk_gate_with_losses
 
 from ._common import check_positive, init_normal, without_autocast
@@ -21,7 +22,7 @@ class RouterOutput(NamedTuple):
     losses: dict[str, torch.Tensor]  # 0-dim, detached, with their coefficients; empty in eval
 
 
-class Router(nn.Module):
+class Router(PreciseBuffers):
     """Scores E experts per token and chooses K of them.
 
     ``weight [E,H]``; ``expert_bias [E]`` is an fp32 buffer (it stays fp32 under ``.to(dtype)``)
@@ -34,6 +35,8 @@ class Router(nn.Module):
     default) multiplies what is injected: set it to what the main loss is multiplied with, for
     example 1/steps under gradient accumulation (``ling_ops.nn.set_router_loss_scale``).
     """
+
+    precise = ("expert_bias",)  # in bf16 a step of 1e-3 would be lost
 
     def __init__(
         self,
@@ -124,15 +127,6 @@ class Router(nn.Module):
         for tensor in (self.bias, self.expert_bias):
             if tensor is not None:
                 nn.init.zeros_(tensor)
-
-    def _apply(self, fn, recurse: bool = True):
-        # Module.to(dtype) would round the bias to a dtype in which a step of 1e-3 is lost.
-        before = self.expert_bias
-        super()._apply(fn, recurse)
-        after = self.expert_bias
-        if after is not None and after.dtype != before.dtype:
-            self.expert_bias = before.to(device=after.device)
-        return self
 
     def forward(
         self,

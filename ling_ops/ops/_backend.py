@@ -31,7 +31,6 @@ KERNELS: dict[str, str] = {
     "attention_heads": "archs",
 }
 _BACKENDS = ("auto", "reference")
-_chosen = "auto"
 _blocks: list[str] = []  # of `use_backend` that are being run, the latest last
 _warned: set[tuple[str, str]] = set()
 
@@ -46,17 +45,19 @@ def use_backend(name: str) -> Iterator[None]:
 
     The choice holds for the whole process, not for one thread. Raises ValueError for other names.
     """
-    global _chosen
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
     # Blocks of several threads need not end in the order in which they began.
     _blocks.append(name)
-    _chosen = name
     try:
         yield
     finally:
         del _blocks[len(_blocks) - 1 - _blocks[::-1].index(name)]  # the last one of this name
-        _chosen = _blocks[-1] if _blocks else "auto"
+
+
+def chosen() -> str:
+    """What the latest block of `use_backend` asks for."""
+    return _blocks[-1] if _blocks else "auto"
 
 
 @cache
@@ -89,7 +90,7 @@ _fallback_reason._dynamo_marked_constant = True
 
 def use_kernel(op: str, x: Tensor, unsupported: str | None = None) -> bool:
     """Whether `op` runs its kernel on `x`; `unsupported` is what the kernel can't do, if any."""
-    if not x.is_cuda or _chosen == "reference":
+    if not x.is_cuda or chosen() == "reference":
         return False
     index = 0 if x.device.index is None else x.device.index
     return _fallback_reason(op, index, unsupported) is None
@@ -109,7 +110,7 @@ def _devices() -> list[dict[str, object]]:
 
 
 def _op_state(op: str, devices: list[dict[str, object]]) -> dict[str, str]:
-    if _chosen == "reference":
+    if chosen() == "reference":
         return {"backend": "reference", "reason": "use_backend('reference') is in force"}
     reason = _extension.load().reason
     if not reason and not devices:

@@ -24,7 +24,6 @@ MAX_PAIRS_WITH_SHARED, MAX_EXPERTS_WITH_SHARED = 640, 1900
 PAIRS_PER_EXPERT = 4
 
 
-_one_path = False
 _blocks: list[None] = []  # one for each block of `batch_invariant` that is being run
 
 
@@ -36,20 +35,17 @@ def batch_invariant() -> Iterator[None]:
     take longer. Generation keeps PyTorch's attention for all prompts. The choice holds for the
     whole process, not for one thread; a CUDA graph keeps that of its capture.
     """
-    global _one_path
     # Blocks of several threads need not end in the order in which they began.
     _blocks.append(None)
-    _one_path = True
     try:
         yield
     finally:
         _blocks.pop()
-        _one_path = bool(_blocks)
 
 
 def is_batch_invariant() -> bool:
     """Whether a block of `batch_invariant` is being run."""
-    return _one_path
+    return bool(_blocks)
 
 
 def decode_limit(k: int, num_experts: int) -> int:
@@ -64,7 +60,7 @@ def runs_decode(
     x: Tensor, indices: Tensor, down_proj: Tensor, differentiable: Iterable[Tensor | None]
 ) -> bool:
     """Whether `moe_decode` takes the call: few tokens, no gradient wanted, a kernel for x's GPU."""
-    if _one_path:
+    if is_batch_invariant():
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         return False

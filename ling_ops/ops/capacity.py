@@ -6,11 +6,12 @@ import math
 from fractions import Fraction
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..reference import capacity as reference
 from . import _checks, _library  # noqa: F401
 from ._backend import use_kernel
+from ._precise import PreciseBuffers
 
 KINDS = ("dropless", "fixed", "dynamic")
 MODES = ("batch", "running")
@@ -39,13 +40,15 @@ def _running_capacity(window: Tensor, steps: Tensor, *rule: float) -> Tensor:
     return torch.ops.ling_ops.running_capacity(window.float(), steps, *rule)
 
 
-class CapacityPolicy(nn.Module):
+class CapacityPolicy(PreciseBuffers):
     """A rule for the capacity C of every expert. Build one with `dropless`, `fixed`, `dynamic`.
 
     On one GPU dropless is also the fastest choice with grouped products; a capacity is worth
     having for static shapes, bounded memory, and stragglers across GPUs. The policy is a module
     because the "running" mode keeps its window in buffers, which go with the state dict.
     """
+
+    precise = ("window",)  # in bf16 a C from it could be a row too small
 
     def __init__(
         self,
@@ -147,14 +150,6 @@ class CapacityPolicy(nn.Module):
             return _dynamic_capacity(expert_counts, self.target_drop_rate)
         rule = (self.quantile, self.margin, self.max_factor)
         return _running_capacity(self.window, self.steps, mean, *rule)
-
-    def _apply(self, fn, recurse: bool = True):
-        # Module.to(dtype) would round the window to a dtype in which C can be a row too small.
-        before = self._buffers.get("window")
-        super()._apply(fn, recurse)
-        if before is not None and self.window.dtype != before.dtype:
-            self.window = before.to(device=self.window.device)
-        return self
 
     @torch.no_grad()
     def update(self, expert_counts: Tensor) -> None:

@@ -61,12 +61,12 @@ def _wanted(routing: Routing, indices: Tensor | None, token_mask: Tensor | None)
     pairs = routing.token_row
     _checks.token_mask(token_mask, pairs.shape[0], "routing", pairs)
     if indices is None:
-        wanted = torch.ones_like(routing.token_row, dtype=torch.bool)
-        return wanted if token_mask is None else wanted & token_mask.unsqueeze(-1)
-    _checks.shape("indices", indices, tuple(pairs.shape), "[T, K]")
-    _checks.dtype("indices", indices, _checks.IDS)
-    _checks.same_device("indices", indices, "routing", pairs)
-    wanted = (indices >= 0) & (indices < num_experts)
+        wanted = torch.ones_like(pairs, dtype=torch.bool)
+    else:
+        _checks.shape("indices", indices, tuple(pairs.shape), "[T, K]")
+        _checks.dtype("indices", indices, _checks.IDS)
+        _checks.same_device("indices", indices, "routing", pairs)
+        wanted = (indices >= 0) & (indices < num_experts)
     return wanted if token_mask is None else wanted & token_mask.unsqueeze(-1)
 
 

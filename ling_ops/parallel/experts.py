@@ -74,18 +74,16 @@ class ParallelExperts(Experts):
         routing: ops.Routing | None = None,
     ) -> Tensor:
         """Σ_k weights[t,k] · expert_{indices[t,k]}(x[t]) for this rank's x ``[T,H]``."""
-        policy = self._policy[0]
+        policy, capacity = self._policy[0], None
+        if policy is not None:  # a fixed one
+            capacity = policy.capacity(None, indices.numel(), self.num_experts)
         if routing is None:
-            limit = None
-            if policy is not None:
-                limit = policy.capacity(None, indices.numel(), self.num_experts)
-            routing = ops.route(indices, self.num_experts, capacity=limit)
+            routing = ops.route(indices, self.num_experts, capacity=capacity)
         offsets = routing.expert_offsets
         sent = (offsets[1:] - offsets[:-1]).view(self.ranks, self.local_experts)
         got = torch.empty_like(sent)
         distributed.all_to_all_single(got, sent, group=self.group)
-        if policy is not None:
-            capacity = policy.capacity(sent, indices.numel(), self.num_experts)
+        if capacity is not None:
             return self._static(x, weights, routing, got, capacity)
         return self._ragged(x, weights, routing, sent, got)
 

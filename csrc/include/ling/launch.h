@@ -48,12 +48,12 @@ bool has_sm90_code() {
   return answer == 2;
 }
 
-// Lets a kernel without static shared memory have more than the 48 KiB that need no asking: all that the device gives,
-// since a limit of this call's size could be lowered by another thread's call before the launch.
+constexpr size_t kSharedLimit = 48 << 10;  // what a block may have without asking
+
+// Lets a kernel without static shared memory have more than that: all that the device gives, since a limit of this
+// call's size could be lowered by another thread's call before the launch.
 template <auto kKernel>
-void allow_shared_memory(const char* name, size_t bytes) {
-  constexpr size_t kFree = 48 << 10;
-  if (bytes <= kFree) return;
+void allow_shared_memory(const char* name) {
   int device = 0;
   int most = 0;
   check(cudaGetDevice(&device), name);
@@ -70,6 +70,7 @@ struct LaunchShape {
 
 template <auto kKernel, typename... Args>
 void launch_kernel(const char* name, const LaunchShape& shape, cudaStream_t stream, Args... args) {
+  if (shape.shared_bytes > kSharedLimit) allow_shared_memory<kKernel>(name);
   cudaLaunchAttribute attribute = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(shape.blocks);
