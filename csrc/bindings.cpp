@@ -211,17 +211,28 @@ std::tuple<Tensor, Tensor> moe_up(Tensor x, Tensor weight, Tensor row_token, Ten
   return up_product(x, weight, row_token, offsets, activation, limit, write_h, {output<int32_t>(counter), false});
 }
 
-// Both counters are zeroed at once and in front, so that each kernel may start under the end of the one before.
-Tensor moe_forward(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor row_token, Tensor offsets,
-                   Tensor token_row, int64_t activation, double limit) {
+// Both counters are zeroed at once and in front, of the routing too where none is given, so that each kernel may start
+// under the end of the one before.
+Tensor moe_forward(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor indices,
+                   std::optional<Tensor> row_token, std::optional<Tensor> offsets, std::optional<Tensor> token_row,
+                   int64_t activation, double limit) {
+  expect(row_token.has_value() == offsets.has_value() && offsets.has_value() == token_row.has_value(), "moe_forward",
+         "row_token, offsets and token_row must all be given, or none");
+  down_proj = on_boundary(down_proj);  // a copy would stand between the products, of which the second asks for it early
   Tensor counters = empty(x, {2}, ScalarType::Int);
   auto* counter = output<int32_t>(counters);
   {
     const Launch launch(x);
     check(cudaMemsetAsync(counter, 0, 2 * sizeof(int32_t), launch.stream()), "zeroing the tile counters");
   }
-  auto [h, a] = up_product(x, proj, row_token, offsets, activation, limit, false, {counter, true});
-  return combine(row_product(a, down_proj, offsets, {counter + 1, true}), token_row, weights, std::nullopt);
+  if (!offsets) {
+    auto routing = route(indices, down_proj.size(0), std::nullopt, std::nullopt, std::nullopt, false);
+    offsets = std::get<1>(routing);
+    row_token = std::get<2>(routing);
+    token_row = std::get<4>(routing);
+  }
+  auto [h, a] = up_product(x, proj, *row_token, *offsets, activation, limit, false, {counter, true});
+  return combine(row_product(a, down_proj, *offsets, {counter + 1, true}), *token_row, weights, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe_dact(Tensor dout, Tensor weight, Tensor h, Tensor weights, Tensor row_token,

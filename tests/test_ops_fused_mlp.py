@@ -44,7 +44,7 @@ def test_h_is_let_go_before_the_weight_gradient_unless_the_graph_is_kept(monkeyp
     monkeypatch.setattr(_fused_mlp, "_weight_grad", watched)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor):
         out = _fused_mlp.fused_moe_mlp(
-            x, proj, down, weights, routing,
+            x, proj, down, weights, indices, routing,
             activation="swiglu", swiglu_limit=None, main_grads=None,
         )  # fmt: skip
     grads = torch.autograd.grad(out.float().sum(), (x, proj, down), retain_graph=kept)
@@ -73,17 +73,24 @@ def test_a_s_missing_gradient_is_not_filled_with_zeros(monkeypatch):
 
     monkeypatch.setattr(_fused_mlp._Up, "backward", staticmethod(watched))
     out = _fused_mlp.fused_moe_mlp(
-        x, proj, down, weights, routing, activation="swiglu", swiglu_limit=None, main_grads=None
-    )
+        x, proj, down, weights, indices, routing,
+        activation="swiglu", swiglu_limit=None, main_grads=None,
+    )  # fmt: skip
     out.float().sum().backward()
     ((dh, da),) = got
     assert dh.shape == (tokens * k, 2 * inner) and da is None
     assert x.grad.abs().sum() > 0 and proj.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("routed", [True, False])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_without_gradients_the_bits_are_the_same(device: torch.device, activation: str) -> None:
-    """One operator for the forward against its steps, with dropped pairs and an empty expert."""
+def test_without_gradients_the_bits_are_the_same(
+    device: torch.device, activation: str, routed: bool
+) -> None:
+    """One operator for the forward against its steps, with dropped pairs and an empty expert.
+
+    Without a capacity it routes itself.
+    """
     tokens, hidden, inner, experts, k = 300, 264, 72, 7, 3
     parts = 2 if activation == "swiglu" else 1
     x, proj, down = (
@@ -94,10 +101,14 @@ def test_without_gradients_the_bits_are_the_same(device: torch.device, activatio
     logits[:, 2] = -math.inf
     weights, indices = ling_ops.topk_gate(logits, k)
     indices[::5, 1] = -1
-    routing = ling_ops.route(indices, experts, capacity=torch.tensor([60], device=device).int())
+    capacity = torch.tensor([60], device=device).int() if routed else None
+    routing = ling_ops.route(indices, experts, capacity=capacity)
     options = {"activation": activation, "swiglu_limit": None, "main_grads": None}
-    kept = _fused_mlp.fused_moe_mlp(x, proj.requires_grad_(), down, weights, routing, **options)
+    proj.requires_grad_()
+    kept = _fused_mlp.fused_moe_mlp(x, proj, down, weights, indices, routing, **options)
     with torch.no_grad():
-        plain = _fused_mlp.fused_moe_mlp(x, proj, down, weights, routing, **options)
+        plain = _fused_mlp.fused_moe_mlp(
+            x, proj, down, weights, indices, routing if routed else None, **options
+        )
     assert kept.requires_grad and not plain.requires_grad
     assert torch.equal(plain, kept)

@@ -99,10 +99,9 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
             (x, b, routing.row_token, routing.expert_offsets, 6, math.inf, False),
         ],
         "moe_forward": [
-            (x, b, down, weights, routing.row_token, routing.expert_offsets,
+            (x, b, down, weights, indices, routing.row_token, routing.expert_offsets,
              routing.token_row, 0, 1.0),
-            (x, b, down_plain, weights, routing.row_token, routing.expert_offsets,
-             routing.token_row, 3, math.inf),
+            (x, b, down_plain, weights, indices, None, None, None, 3, math.inf),
         ],
         "moe_dact": [
             (x, down, dy, weights, *places, 0, 1.0),

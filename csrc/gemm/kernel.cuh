@@ -25,6 +25,8 @@ struct KernelParams {
   Schedule schedule;
   Extents extents;
   ZeroedRows zeroed[2];
+  // Whether all but `a` was complete before the kernel in front began, so that the first weights need not wait for it.
+  bool weights_first;
 };
 
 // Registers a thread: what the branches need, out of the 168 that each of 384 threads starts with.
@@ -157,7 +159,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_arrive();
     ptx::cluster_wait();
   }
-  wait_for_previous();
+  constexpr bool may_hurry = Config::kRows == Rows::kContiguous && !Config::kContractsRows;
+  const bool hurries = may_hurry && params.weights_first;
+  if (!hurries) wait_for_previous();
   allow_next();
 
   // ---- scheduler
@@ -180,6 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     // ---- math branch
+    if (hurries) wait_for_previous();
     ptx::grow_registers<kMathRegisters<Config>>();
     const int half = warpgroup - 1;
     typename Config::Mma mma;

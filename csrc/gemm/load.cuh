@@ -1,6 +1,7 @@
 // The loading warpgroup: operands of tile after tile into the ring of stages.
 #pragma once
 
+#include "ling/launch.h"
 #include "operands.cuh"
 #include "ring.cuh"
 
@@ -46,6 +47,27 @@ class TileSource {
   bool takes_;
 };
 
+// By one thread, with an untouched ring: the weights of a tile's first stages, and their rows once the kernel in front
+// has ended. Returns where the contraction goes on: never at its end, short of which the next tile is asked for.
+template <class Config, class Product, class Params>
+__device__ int load_weights_first(const Params& params, uint32_t a, uint32_t b, Ring<Config>& ring, const Work& work,
+                                  int block) {
+  const int end = min(work.k_begin + Config::kStages * kTileK, (work.k_end - 1) / kTileK * kTileK);
+  Ring<Config> rows = ring;
+  for (int k = work.k_begin; k < end; k += kTileK) {
+    const uint32_t full = ring.full_barrier();
+    ptx::mbarrier_arrive_expect_bytes(full, work.halves * kBoxBytes + Config::kStageBytesB);
+    Product::load_b(&params.b, full, b + ring.stage() * Config::kStageBytesB, work, k, block);
+    ring.advance();
+  }
+  wait_for_previous();
+  for (int k = work.k_begin; k < end; k += kTileK) {
+    Product::load_a(&params.a, rows.full_barrier(), a + rows.stage() * Config::kStageBytesA, work, k);
+    rows.advance();
+  }
+  return end;
+}
+
 // One warp; lane 0 issues the copies.
 template <class Config, class Product, class Params>
 __device__ void load_contiguous(const Params& params, typename Config::Shared& shared, Ring<Config>& ring, int block) {
@@ -53,11 +75,18 @@ __device__ void load_contiguous(const Params& params, typename Config::Shared& s
   const uint32_t b = ptx::shared_address(shared.b);
   TileSource<Config> source(params.schedule, shared, block);
   Tile tile = source.next();
+  bool hurries = params.weights_first && !Config::kContractsRows;
   while (tile.expert >= 0) {
     const Work work = Product::work(tile, params.extents, block);
     const int ask = max(work.k_begin, work.k_end - kAskAhead<Config> * kTileK);
     bool asked = false;
-    for (int k = work.k_begin; k < work.k_end; k += kTileK) {
+    int first = work.k_begin;
+    if (hurries) {
+      if (threadIdx.x == 0) first = load_weights_first<Config, Product>(params, a, b, ring, work, block);
+      first = __shfl_sync(~0u, first, 0);
+      hurries = false;
+    }
+    for (int k = first; k < work.k_end; k += kTileK) {
       if (!asked && k >= ask) {
         tile = source.next();
         asked = true;

@@ -19,6 +19,7 @@ void run_rows(const GroupedGemmParams& p, cudaStream_t stream) {
   params.schedule = row_schedule<Config>(p.offsets, p.counter, p.rows, p.experts, n_tiles);
   params.extents = {checked_int(p.columns, "columns"), checked_int(p.contraction, "contraction")};
   params.zeroed[0] = {p.out, p.columns};
+  params.weights_first = p.counter_is_zero;
   launch_kernel<Config, RowProduct, StoreTile>(params, row_tiles<Config>(p.rows, p.experts, n_tiles), stream,
                                                p.counter_is_zero);
 }

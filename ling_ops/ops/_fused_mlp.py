@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..reference.activation import ACTIVATIONS
 from ..reference.route import Routing
+from .route import MAX_KERNEL_EXPERTS, route
 
 _OPS = torch.ops.ling_ops
 
@@ -115,22 +116,29 @@ def fused_moe_mlp(
     proj: Tensor,
     down_proj: Tensor,
     weights: Tensor,
-    routing: Routing,
+    indices: Tensor,
+    routing: Routing | None,
     *,
     activation: str,
     swiglu_limit: float | None,
     main_grads: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """`moe_mlp` without biases, on bf16 or fp16 CUDA tensors whose H and I are multiples of 8."""
+    num_experts = down_proj.shape[0]
     settings = (ACTIVATIONS.index(activation), math.inf if swiglu_limit is None else swiglu_limit)
     x, proj, down_proj = x.contiguous(), proj.contiguous(), down_proj.contiguous()
     weights = weights.float().contiguous()
     trained = any(t.requires_grad for t in (x, proj, down_proj, weights))
-    if not (torch.is_grad_enabled() and trained):
+    inference = not (torch.is_grad_enabled() and trained)
+    if routing is None and not (inference and num_experts <= MAX_KERNEL_EXPERTS):
+        routing = route(indices, num_experts)
+    if inference:
+        places = (None, None, None)
+        if routing is not None:
+            places = routing.row_token, routing.expert_offsets, routing.token_row
         return _OPS.moe_forward(
-            x, proj, down_proj, weights, routing.row_token, routing.expert_offsets,
-            routing.token_row, *settings,
-        )  # fmt: skip
+            x, proj, down_proj, weights, indices.contiguous(), *places, *settings
+        )
     up_buffer, down_buffer = (None, None) if main_grads is None else main_grads
     h, a = _Up.apply(x, proj, routing, settings, up_buffer)
     return _Down.apply(h, a, down_proj, weights, routing, settings, down_buffer)

@@ -258,8 +258,8 @@ _define(
     _moe_up_fake,
 )
 _define(
-    "moe_forward(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor row_token, "
-    "Tensor offsets, Tensor token_row, int activation, float limit) -> Tensor",
+    "moe_forward(Tensor x, Tensor proj, Tensor down_proj, Tensor weights, Tensor indices, "
+    "Tensor? row_token, Tensor? offsets, Tensor? token_row, int activation, float limit) -> Tensor",
     moe_mlp.moe_forward,
     lambda x, *unused: x.new_empty(x.shape),
 )

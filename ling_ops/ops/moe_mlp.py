@@ -168,7 +168,6 @@ def moe_mlp(
             activation=activation,
             swiglu_limit=swiglu_limit,
         )
-    routing = route(indices, down_proj.shape[0]) if routing is None else routing
     steps = reference.REFERENCE_STEPS
     if use_kernel("moe_mlp", x, unsupported):
         if gate_up_bias is None and down_bias is None:
@@ -177,12 +176,14 @@ def moe_mlp(
                 gate_up_proj,
                 down_proj,
                 weights,
+                indices,
                 routing,
                 activation=activation,
                 swiglu_limit=swiglu_limit,
                 main_grads=main_grads,
             )
         steps = _KERNEL_STEPS
+    routing = route(indices, down_proj.shape[0]) if routing is None else routing
     return reference.moe_mlp(
         x,
         gate_up_proj,

@@ -103,13 +103,22 @@ def moe_forward(
     proj: Tensor,
     down_proj: Tensor,
     weights: Tensor,
-    row_token: Tensor,
-    offsets: Tensor,
-    token_row: Tensor,
+    indices: Tensor,
+    row_token: Tensor | None,
+    offsets: Tensor | None,
+    token_row: Tensor | None,
     activation: int,
     limit: float,
 ) -> Tensor:
-    """[T,H]: `moe_up`, the second product and `combine`, with nothing kept for a backward."""
+    """[T,H]: `moe_up`, the second product and `combine`, with nothing kept for a backward.
+
+    Without `row_token`, `offsets` and `token_row` all pairs of `indices` are routed first.
+    """
+    if offsets is None:
+        routing = route(indices, down_proj.shape[0])
+        row_token, offsets, token_row = (
+            routing.row_token, routing.expert_offsets, routing.token_row
+        )  # fmt: skip
     _, a = moe_up(x, proj, row_token, offsets, activation, limit, False)
     return combine(loop_grouped_gemm(a, down_proj, offsets), token_row, weights, None)
 

@@ -27,8 +27,10 @@ struct GroupedGemmParams {
   int64_t experts;         // E
   int64_t a_stride;        // elements
   bool b_transposed;
-  DType dtype;                   // of a, b and out
-  bool counter_is_zero = false;  // then it is not zeroed here: nothing stands between this kernel and the one in front
+  DType dtype;  // of a, b and out
+  // Then it is not zeroed here, so that nothing stands between this kernel and the one in front; that one must not
+  // write b or offsets.
+  bool counter_is_zero = false;
 };
 void launch_grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream);
 
