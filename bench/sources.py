@@ -27,7 +27,14 @@ AREAS: dict[str, tuple[str, ...]] = {
     "heads": ("csrc/heads/*", "*/bindings_heads.h", "*/heads.h", "*/heads.py", "*/_heads.py"),
     "mlp": ("*/moe_mlp.py", "*/_fused_mlp.py", "*/activation.py"),
     "models": ("ling_ops/models/*",),
-    "other": ("ling_ops/nn/*", "*/capacity.py", "*/losses.py", "*/gate_losses.py", "*/stats.py"),
+    "other": (
+        "ling_ops/nn/*",
+        "*/capacity.py",
+        "*/losses.py",
+        "*/gate_losses.py",
+        "*/stats.py",
+        "*/stats.h",
+    ),
 }
 PARTS: dict[str, tuple[str, ...]] = {
     "tests": tuple(AREAS),

@@ -22,6 +22,7 @@ from verdicts import geometric_mean, ratios
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+RECORD = ROOT / "bench" / "results" / "h200.json"
 PAGES = (
     "README.md", "docs/kernels.md", "docs/finetuning.md", "docs/integrations-peft.md",
     "docs/study.md",
@@ -270,7 +271,7 @@ def filled(text: str, record: Record) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", type=Path, default=ROOT / "bench/results/h100.json")
+    parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is stale")
     options = parser.parse_args()
     record = Record(json.loads(options.record.read_text(encoding="utf-8")))

@@ -433,6 +433,7 @@ STABLE_TORCH_LIBRARY_IMPL(ling_ops, CUDA, m) {
   m.impl("gate_losses", TORCH_BOX(&gate_losses));
   m.impl("route", TORCH_BOX(&route));
   m.impl("reroute", TORCH_BOX(&reroute));
+  m.impl("routing_stats", TORCH_BOX(&routing_stats));
   m.impl("dynamic_capacity", TORCH_BOX(&dynamic_capacity));
   m.impl("running_capacity", TORCH_BOX(&running_capacity));
   m.impl("permute", TORCH_BOX(&permute));

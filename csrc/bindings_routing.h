@@ -9,6 +9,7 @@
 #include "ling/gate.h"
 #include "ling/permute.h"
 #include "ling/route.h"
+#include "ling/stats.h"
 
 namespace ling::binding {
 namespace {
@@ -245,6 +246,43 @@ std::tuple<Tensor, Tensor, Tensor> reroute(Tensor scores, Tensor weights, Tensor
   params.workspace = output<int32_t>(workspace);
   launch_reroute(params, Launch(scores).stream());
   return {new_weights, new_indices, moved};
+}
+
+Tensor routing_stats(Tensor expert_counts, Tensor token_row, std::optional<Tensor> indices,
+                     std::optional<Tensor> weights, std::optional<Tensor> token_mask) {
+  const char* op = "routing_stats";
+  Arg{op, "expert_counts", expert_counts}.cuda().dtype({ScalarType::Int}).shape({-1}).contiguous();
+  Arg{op, "token_row", token_row}.with(expert_counts).dtype({ScalarType::Int}).shape({-1, -1}).contiguous();
+  const int64_t experts = expert_counts.size(0);
+  const int64_t tokens = token_row.size(0);
+  const int64_t k = token_row.size(1);
+  expect(experts >= 1, op, "expert_counts must not be empty");
+  if (indices) {
+    Arg{op, "indices", *indices}.with(expert_counts).dtype({ScalarType::Int, ScalarType::Long});
+    Arg{op, "indices", *indices}.shape({tokens, k}).contiguous();
+  }
+  if (weights) {
+    Arg{op, "weights", *weights}.with(expert_counts).dtype({ScalarType::Float}).shape({tokens, k}).contiguous();
+  }
+  if (token_mask) {
+    Arg{op, "token_mask", *token_mask}.with(expert_counts).dtype({ScalarType::Bool}).shape({tokens}).contiguous();
+  }
+
+  const Tensor partial = empty(expert_counts, {kRoutingStatsBlocks, kRoutingSums}, ScalarType::Double);
+  const Tensor stats = empty(expert_counts, {experts + kRoutingMeasures}, ScalarType::Float);
+  launch_routing_stats({.expert_counts = input<int32_t>(expert_counts),
+                        .token_row = input<int32_t>(token_row),
+                        .indices = indices ? indices->data_ptr() : nullptr,
+                        .index_dtype = indices ? kernel_dtype(op, "indices", *indices) : DType::kInt32,
+                        .weights = input<float>(weights),
+                        .token_mask = input<bool>(token_mask),
+                        .partial = output<double>(partial),
+                        .stats = output<float>(stats),
+                        .tokens = tokens,
+                        .choices = static_cast<int>(k),
+                        .experts = static_cast<int>(experts)},
+                       Launch(expert_counts).stream());
+  return stats;
 }
 
 // ---- capacity ------------------------------------------------------------------------------------

@@ -25,8 +25,7 @@ def tables() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def record(tables: ModuleType):
-    data = (ROOT / "bench/results/h100.json").read_text(encoding="utf-8")
-    return tables.Record(json.loads(data))
+    return tables.Record(json.loads(tables.RECORD.read_text(encoding="utf-8")))
 
 
 def test_pages_hold_what_the_record_holds(tables, record):

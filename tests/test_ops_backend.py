@@ -14,8 +14,8 @@ import ling_ops
 from ling_ops import FallbackWarning, _extension, backend_info, grouped_gemm, topk_gate, use_backend
 from ling_ops.ops import _backend, _decode
 
-OPS = {"topk_gate", "route", "reroute", "capacity", "permute", "unpermute"}
-OPS |= {"grouped_gemm", "grouped_mm", "moe_mlp"}
+OPS = {"topk_gate", "route", "reroute", "capacity", "routing_stats"}
+OPS |= {"permute", "unpermute", "grouped_gemm", "grouped_mm", "moe_mlp"}
 
 
 def test_info_says_what_runs_and_why() -> None:

@@ -68,6 +68,8 @@ def steps(tokens: int, device: torch.device, seed: int = 0) -> dict[str, Step]:
             lo.route(case.indices, E, capacity=capacity, priority="probability",
                      weights=case.weights)),
         "reroute": lambda: lo.reroute(scores, case.weights, case.indices, capacity=capacity),
+        "routing_stats": lambda: flat(tuple(
+            lo.routing_stats(routing, indices=case.indices, weights=case.weights).values())),
         "capacity batch": lambda: flat(batch.capacity(routing.expert_counts, tokens * K, E)),
         "capacity running": lambda: flat(running.capacity(routing.expert_counts, tokens * K, E)),
         "permute": lambda: flat(lo.permute(case.x, routing)),

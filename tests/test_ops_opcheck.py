@@ -63,6 +63,11 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
             (logits.softmax(1), weights, indices, capacity, 2),
             (logits.to(dtype), weights, ids, capacity.expand(E).contiguous(), 1),
         ],
+        "routing_stats": [
+            (routing.expert_counts, routing.token_row, None, None, None),
+            (routing.expert_counts, routing.token_row, indices, weights, mask),
+            (routing.expert_counts, routing.token_row, indices.int(), None, mask),
+        ],
         "dynamic_capacity": [(routing.expert_counts, 0.02), (routing.expert_counts.long(), 0.0)],
         "running_capacity": [
             (torch.rand(4, device=device), torch.tensor(3, device=device), 3.0, 0.9, 0.05, 4.0),

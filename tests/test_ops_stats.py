@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from strategies import RouteCase, route_cases
+from tolerances import assert_bitwise
 
 from ling_ops import route, routing_stats
+from ling_ops.reference import stats as reference
 
 
 def stats_of(case: RouteCase) -> dict[str, torch.Tensor]:
@@ -86,6 +88,80 @@ def test_ranges(device: torch.device, case: RouteCase) -> None:
     if demand:
         lost = demand - int(routing.expert_offsets[-1])
         assert stats["drop_rate"].item() == pytest.approx(lost / demand, abs=1e-6)
+
+
+def by_hand(case: RouteCase, routing) -> dict[str, float | list[float]]:
+    """The measures from Python's numbers, pair by pair."""
+    experts, rows = case.num_experts, routing.token_row.tolist()
+    weights, mask = case.options.get("weights"), case.options.get("token_mask")
+    counts, held, mass, lost = [0] * experts, [], 0.0, 0.0  # held: of a token's pairs with demand
+    for token, ids in enumerate(case.indices.tolist()):
+        if mask is not None and not mask[token]:
+            continue
+        kept = []
+        for k, expert in enumerate(ids):
+            if not 0 <= expert < experts:
+                continue
+            kept.append(rows[token][k] >= 0)
+            counts[expert] += 1
+            weight = float(weights[token, k]) if weights is not None else 0.0
+            mass += weight
+            lost += 0.0 if kept[-1] else weight
+        held += [kept] if kept else []
+    demand = sum(counts)
+    mean, shares = demand / experts, [n / max(demand, 1) for n in counts]
+    spread = math.sqrt(sum((n - mean) ** 2 for n in counts) / experts)
+    found = {
+        "utilization": [n / max(len(held), 1) for n in counts],
+        "max_vio": max(counts) / mean - 1 if demand else 0.0,
+        "cv": spread / mean if demand else 0.0,
+        "entropy": -sum(s * math.log(s) for s in shares if s) / max(math.log(experts), 1e-12),
+        "dead_experts": counts.count(0),
+        "drop_rate": sum(kept.count(False) for kept in held) / max(demand, 1),
+        "tokens_dropped": sum(not any(kept) for kept in held),
+    }
+    return found if weights is None else found | {"gate_mass_dropped": lost / mass if mass else 0.0}
+
+
+@given(case=route_cases(styles=["uniform", "one_expert", "skewed", "bad_ids", "empty_experts"]))
+def test_against_a_count_by_hand(device: torch.device, case: RouteCase) -> None:
+    if "weights" in case.options:
+        case.options["weights"] = case.options["weights"].nan_to_num(0.5).abs()
+    on_device = case.to(device)
+    routing = route(on_device.indices, case.num_experts, **on_device.options)
+    found = stats_of(on_device)
+    wanted = by_hand(case, routing)
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[name].cpu(), torch.tensor(value, dtype=torch.float32), rtol=1e-5, atol=2e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_more_tokens_than_a_grid_has_threads(device: torch.device, dtype: torch.dtype) -> None:
+    """The kernel beside the reference, and the same bits every time."""
+    tokens, k, experts = 150_001, 5, 300
+    generator = torch.Generator(device).manual_seed(0)
+    indices = torch.randint(-9, experts + 9, (tokens, k), generator=generator, device=device)
+    indices = indices.to(dtype)
+    weights = torch.rand(tokens, k, generator=generator, device=device)
+    mask = torch.rand(tokens, generator=generator, device=device) < 0.9
+    capacity = torch.tensor([2000], device=device, dtype=torch.int32)
+    routing = route(indices, experts, capacity=capacity, token_mask=mask)
+    counts, rows = routing.expert_counts, routing.token_row
+    for given_ids in (indices, None):
+        for given_weights in (weights, None):
+            for given_mask in (mask, None):
+                arguments = (counts, rows, given_ids, given_weights, given_mask)
+                first = torch.ops.ling_ops.routing_stats(*arguments)
+                torch.testing.assert_close(
+                    first, reference.routing_stats(*arguments), rtol=2e-5, atol=1e-6
+                )
+                for _ in range(20):
+                    assert_bitwise(torch.ops.ling_ops.routing_stats(*arguments), first)
 
 
 def test_no_tokens(device: torch.device) -> None:

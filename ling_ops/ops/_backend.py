@@ -22,6 +22,7 @@ KERNELS: dict[str, str] = {
     "route": "archs",
     "reroute": "archs",
     "capacity": "archs",
+    "routing_stats": "archs",
     "permute": "archs",
     "unpermute": "archs",
     "grouped_gemm": "gemm_archs",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from .. import _extension
-from ..reference import capacity, gate, gemm, heads, lora_mlp, moe_mlp, permute
+from ..reference import capacity, gate, gemm, heads, lora_mlp, moe_mlp, permute, stats
 from ..reference.activation import ACTIVATIONS, GATED
 from ..reference.losses import demand
 from ..reference.route import moved_weights, reroute_ids
@@ -184,6 +184,14 @@ _define(
     "-> (Tensor new_weights, Tensor new_indices, Tensor moved)",
     _reroute_cpu,
     _reroute_fake,
+)
+_define(
+    "routing_stats(Tensor expert_counts, Tensor token_row, Tensor? indices, Tensor? weights, "
+    "Tensor? token_mask) -> Tensor",
+    stats.routing_stats,
+    lambda expert_counts, *unused: expert_counts.new_empty(
+        expert_counts.shape[0] + len(stats.MEASURES), dtype=torch.float32
+    ),
 )
 _define(
     "dynamic_capacity(Tensor expert_counts, float target_drop_rate) -> Tensor",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ..reference import stats as reference
 from ..reference.route import Routing
 from . import _checks
+from ._backend import use_kernel
 from .permute import check_routing
 
 
@@ -41,48 +41,26 @@ def routing_stats(
         ValueError, TypeError: an argument has a wrong shape, dtype or device.
     """
     check_routing(routing)
-    shape = tuple(routing.token_row.shape)
-    wanted = _wanted(routing, indices, token_mask)
-    dropped = wanted & (routing.token_row < 0)
-    stats = _balance(routing.expert_counts.float(), wanted)
-    stats["drop_rate"] = _ratio(dropped.sum(), wanted.sum())
-    stats["tokens_dropped"] = (wanted.any(1) & ~(wanted & ~dropped).any(1)).sum().float()
-    if weights is not None:
-        _checks.shape("weights", weights, shape, "[T, K]")
-        mass = torch.where(wanted, weights.float(), 0.0)
-        lost, whole = torch.where(dropped, mass, 0.0).sum(), mass.sum()
-        stats["gate_mass_dropped"] = torch.where(whole == 0, 0.0, lost / whole)
-    return stats
-
-
-def _wanted(routing: Routing, indices: Tensor | None, token_mask: Tensor | None) -> Tensor:
-    """Which pairs [T,K] asked for an expert."""
-    num_experts = routing.expert_counts.shape[0]
-    pairs = routing.token_row
-    _checks.token_mask(token_mask, pairs.shape[0], "routing", pairs)
-    if indices is None:
-        wanted = torch.ones_like(pairs, dtype=torch.bool)
-    else:
-        _checks.shape("indices", indices, tuple(pairs.shape), "[T, K]")
+    counts, pairs = routing.expert_counts, routing.token_row
+    shape = tuple(pairs.shape)
+    _checks.token_mask(token_mask, shape[0], "routing", pairs)
+    if indices is not None:
+        _checks.shape("indices", indices, shape, "[T, K]")
         _checks.dtype("indices", indices, _checks.IDS)
         _checks.same_device("indices", indices, "routing", pairs)
-        wanted = (indices >= 0) & (indices < num_experts)
-    return wanted if token_mask is None else wanted & token_mask.unsqueeze(-1)
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole in fp32, whole being a count that is 0 only where part is: then 0."""
-    return part.float() / whole.clamp(min=1).float()
-
-
-def _balance(counts: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    experts, total = counts.numel(), counts.sum()
-    share = _ratio(counts, total)
-    surprise = -torch.special.xlogy(share, share).sum()
-    return {
-        "utilization": _ratio(counts, wanted.any(1).sum()),
-        "max_vio": torch.where(total > 0, _ratio(counts.amax() * experts, total) - 1, 0.0),
-        "cv": _ratio(counts.std(correction=0) * experts, total),
-        "entropy": surprise / max(math.log(experts), 1e-12),
-        "dead_experts": (counts == 0).sum().float(),
-    }
+    if weights is not None:
+        _checks.shape("weights", weights, shape, "[T, K]")
+        _checks.same_device("weights", weights, "routing", pairs)
+        weights = weights.float()
+    tensors = counts, pairs, indices, weights, token_mask
+    if use_kernel("routing_stats", pairs):
+        dense = [None if t is None else t.contiguous() for t in tensors]
+        values = torch.ops.ling_ops.routing_stats(*dense)
+    else:
+        values = reference.routing_stats(*tensors)
+    experts = counts.shape[0]
+    stats = {"utilization": values[:experts]}
+    stats |= zip(reference.MEASURES, values[experts:].unbind(), strict=True)
+    if weights is None:
+        del stats["gate_mass_dropped"]
+    return stats
