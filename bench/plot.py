@@ -145,7 +145,7 @@ def draw(record: dict[str, Any], target: Path) -> None:
     figure.suptitle(
         f"{record['device']}, torch {record['torch']}, CUDA {record['cuda']}, "
         f"{record['date'][:10]}; dense bf16 {ceilings.get('bf16_tflops', '?')} TFLOP/s, "
-        f"copy {ceilings.get('copy_tb_s', '?')} TB/s; floors at 790 TFLOP/s and 3.0 TB/s",
+        f"copy {ceilings.get('copy_tb_s', '?')} TB/s; floors at an H100's 790 TFLOP/s and 3.0 TB/s",
         fontsize=12,
     )
     figure.savefig(target, dpi=110)
