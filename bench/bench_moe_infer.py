@@ -33,7 +33,7 @@ def token_cases(layer: Layer, gate_up: torch.Tensor, down: torch.Tensor) -> Iter
         x = [normal(tokens, layer.H) for _ in range(turns)]
         ids = [uniform_ids(tokens, layer.K, layer.E) for _ in range(turns)]
         weights = uniform(tokens, layer.K)
-        used = sum(len(i.unique()) for i in ids) // turns
+        used = sum(len(i.unique()) for i in ids) / turns
         providers = {
             "ling_ops": lambda i, x=x, w=weights, ids=ids: ling_ops.moe_mlp(
                 x[i], gate_up, down, w, ids[i]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import Row
+from harness import BYTE_RATE, Row
 from shapes import INFERENCE, TRAINING, Layer
 from verdicts import geometric_mean, ratios
 
@@ -37,6 +37,7 @@ NAMES = {
     (32768, 4096, 14336): "Mixtral",
 }
 TOKENS = (1, 4, 16, 64, 512, 2048, 8192, 32768)
+STREAMED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the time is that of reading weights
 
 
 class Record:
@@ -115,6 +116,24 @@ def infer_cell(record: Record, tokens: int, layer: Layer) -> str:
 def infer(record: Record) -> str:
     names = [NAMES[(32768, layer.H, layer.I)] for layer in INFERENCE]
     lines = [[str(t), *(infer_cell(record, t, layer) for layer in INFERENCE)] for t in TOKENS]
+    return table(["T", *names], lines)
+
+
+def bandwidth_cell(record: Record, tokens: int, layer: Layer) -> str:
+    sizes = {**layer._asdict(), "T": tokens}
+    providers = ("ling_ops", "ling_ops, one path", "torch")
+    rows = (record.find("moe_infer", "fwd", provider, **sizes) for provider in providers)
+    rates = [f"{1e-12 * BYTE_RATE * row.floor_ms / row.ms:.2f}" if row else "" for row in rows]
+    return f"**{rates[0]}** / {rates[1] or '='} / {rates[2]}" if rates[0] else ""
+
+
+def bandwidth(record: Record) -> str:
+    """TB/s: what a layer must read and write at few tokens, over its time."""
+    names = [NAMES[(32768, layer.H, layer.I)] for layer in INFERENCE]
+    lines = [
+        [str(t), *(bandwidth_cell(record, t, layer) for layer in INFERENCE)]
+        for t in STREAMED_TOKENS
+    ]
     return table(["T", *names], lines)
 
 
@@ -259,7 +278,8 @@ def studies() -> dict[str, Callable[[Record], str]]:
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
-    "facts": facts, "train": train, "routing": routing, "infer": infer, "products": products,
+    "facts": facts, "train": train, "routing": routing, "infer": infer, "bandwidth": bandwidth,
+    "products": products,
     "lora": lora, "lora_peft": lora_peft, "generate": generate, **studies(),
 }  # fmt: skip
 

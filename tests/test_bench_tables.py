@@ -36,7 +36,18 @@ def test_pages_hold_what_the_record_holds(tables, record):
 
 
 @pytest.mark.parametrize(
-    "name", ["facts", "train", "routing", "infer", "products", "lora", "lora_peft", "generate"]
+    "name",
+    [
+        "facts",
+        "train",
+        "routing",
+        "infer",
+        "bandwidth",
+        "products",
+        "lora",
+        "lora_peft",
+        "generate",
+    ],
 )
 def test_a_changed_figure_is_written_anew(tables, record, name):
     page = f"before\n<!-- table {name} -->\n| 1 | 2 |\n<!-- end -->\nafter\n"
