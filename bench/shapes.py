@@ -37,7 +37,8 @@ INFERENCE = (
 
 
 def forward_floor(layer: Layer, used: float, *, training: bool) -> float:
-    """up, down, combine.  ``used`` experts, in the mean of all calls, have their weights read; training also writes h."""
+    """up, down, combine.  ``used`` experts, in the mean of all calls, have their weights read;
+    training also writes h."""
     t, h, i, _, k = layer
     m = t * k
     written = 3 * m * i if training else m * i
